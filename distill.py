@@ -1,0 +1,301 @@
+"""Distil VOSR to one step (paper Sec. 3.4, A.1), and train the autoencoders around it (Sec. 4.1).
+
+    python distill.py --method autoencoder                 # tiny encoder and decoder, from nothing
+    python distill.py --method rc --teacher out/tiny/last  # recursive consistency, the paper's choice
+    python distill.py --method shortcut                    # the variant it is compared with (Eq. 7-11)
+    python distill.py --method decoder                     # light decoder retrained for SR on student latents
+
+Loop, checkpoints and data are train.py's; here is only what is new. The same command again resumes.
+"""
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import train
+from config import cli, die
+from data import keyed_generator
+from model import (
+    DiT,
+    TinyAutoencoder,
+    both_branches,
+    find_weights,
+    frozen_paths,
+    load_dit,
+    load_semantic_encoder,
+    load_vae,
+    partial_condition,
+    read_tensors,
+)
+from train import export, frozen, mix_conditions, per_sample, place, preview_pairs, run
+
+LARGE = train.LARGE | dict(resolution=512, train_batch_size=32, learning_rate=2e-5, max_train_steps=50_000,
+                           save_every=5_000)  # Table 5
+DISTILL = {
+    "tiny": train.PRESETS["tiny"] | dict(
+        learning_rate=4e-4, max_train_steps=300, delta=0.02, corner=0.25, omega=1.0, ema_decay=0.99),
+    "0.5B": train.SIZE_05B | LARGE,
+    "1.4B": train.SIZE_14B | LARGE,
+}
+PRESETS = {  # per method
+    "rc": DISTILL,
+    "shortcut": DISTILL,
+    "autoencoder": {"tiny": train.PRESETS["tiny"] | dict(
+        resolution=64, train_batch_size=32, learning_rate=2e-3, max_train_steps=500, lr_decay=1.0, cache=0,
+        ema_decay=0.98, weight_decay=0.0, adam_beta2=0.99)},
+    "decoder": {"tiny": train.PRESETS["tiny"] | dict(
+        train_batch_size=8, learning_rate=6e-4, max_train_steps=200, lr_decay=1.0, ema_decay=0.98,
+        weight_decay=0.0, adam_beta2=0.99)},
+}
+
+
+@dataclass
+class Config(train.Config):
+    method: str = "rc"  # rc, shortcut, autoencoder or decoder
+    teacher: str = ""  # folder of the multi-step network (for decoder: of the student); default: the family's
+    omega: float = 0.5  # guidance weight of the teacher target (Eq. 5)
+    distill_alpha: float = 0.1  # structural retention of the teacher's partial branch
+    u_weight: float = 1.0  # weight of the consistency loss (A.1)
+    delta: float = 0.01  # Delta t of the warm start (Eq. 13); the paper gives no value
+    rollout: int = 2  # sub-steps of the rollout (Eq. 14); the paper gives no value
+    corner: float = 0.0  # share of samples at (t, r) = (1, 0), where one-step sampling is; paper: 0
+    tau: float = 1.0  # scale of the noise that the student starts from; 1 = the paper
+    latent_noise: float = 0.1  # autoencoder: noise on the latent in units of its own spread
+
+
+# ---------------------------------------------------------------- teacher target and base loss
+def base_loss(student, teacher, z_t, t, kappa, full, partial, omega, interval=(0, 1)):
+    """Base objective, Eq. 4 and 6, on the guided teacher velocity v_g of Eq. 5.
+
+    kappa: the condition (c_str, c_sem) that the student sees; full, partial: the teacher's two. The guidance
+    weight is omega for t inside the interval, 1 outside. Returns the loss and a dict of intermediates.
+    """
+    with torch.no_grad():
+        v_cond, v_pcond = both_branches(teacher, z_t, t, full, partial)
+        inside = (t >= interval[0]) & (t <= interval[1])
+        v_guided = v_pcond + per_sample(torch.where(inside, omega, 1.0)) * (v_cond - v_pcond)      # Eq. 5
+    v_pred = student(z_t, t, *kappa, r=t).float()
+    v_loss = F.mse_loss(v_pred, v_guided)                                                          # Eq. 6
+    return v_loss, dict(v_cond=v_cond, v_pcond=v_pcond, v_guided=v_guided, v_pred=v_pred, v_loss=v_loss)
+
+
+def conditions(z0, c_str, c_sem, t, noise, partial, strength, struct_noise, alpha):
+    """z_t, the student's kappa, and the teacher's full and partial conditions."""
+    t_ = per_sample(t)
+    z_t = (1 - t_) * z0 + t_ * noise
+    *kappa, noisy = mix_conditions(c_str, c_sem, partial, alpha, per_sample(strength), struct_noise)
+    return z_t, kappa, (noisy, c_sem), partial_condition(c_str, c_sem, alpha)
+
+
+# ---------------------------------------------------------------- the two variants, same signature
+def shortcut_loss(student, teacher, z0, c_str, c_sem, t, r, noise, partial, strength=1.0, struct_noise=0.0,
+                  alpha=0.1, omega=0.5, u_weight=1.0, interval=(0, 1), delta=None, rollout=None):
+    """Shortcut variant, paper Eq. 7-11. Returns (loss, intermediates).
+
+    z0, c_str, noise, struct_noise (B, C, h, w); c_sem (B, N, enc_dim); t, r (B,), r <= t; partial (B,) bool;
+    strength (B,) or a number. delta and rollout belong to the other variant.
+    """
+    z_t, kappa, full, weak = conditions(z0, c_str, c_sem, t, noise, partial, strength, struct_noise, alpha)
+    v_loss, parts = base_loss(student, teacher, z_t, t, kappa, full, weak, omega, interval)
+
+    u = student(z_t, t, *kappa, r=r).float()                                    # u_{t->r}
+    t_mid = (t + r) / 2                                                         # the paper's s
+    with torch.no_grad():
+        u_first = student(z_t, t, *kappa, r=t_mid).float()
+        z_mid = z_t - per_sample(t - t_mid) * u_first                           # Eq. 7
+        u_second = student(z_mid, t_mid, *kappa, r=r).float()                   # Eq. 8
+        target = (u_first + u_second) / 2                                       # Eq. 9
+    u_loss = F.mse_loss(u, target)                                              # Eq. 10
+    loss = v_loss + u_weight * u_loss                                           # Eq. 11
+    return loss, parts | dict(u_pred=u, u_first_half=u_first, z_mid=z_mid, u_second_half=u_second,
+                              u_target=target, u_loss=u_loss, loss=loss)
+
+
+def rc_loss(student, teacher, z0, c_str, c_sem, t, r, noise, partial, strength=1.0, struct_noise=0.0,
+            alpha=0.1, omega=0.5, u_weight=1.0, interval=(0, 1), delta=0.01, rollout=2):
+    """Recursive consistency, paper Eq. 12-17. Returns (loss, intermediates). Arguments as in shortcut_loss.
+
+    What the paper leaves open follows the published models: the rollout is `rollout` equal Euler steps, its
+    result is a displacement, and (c_l, c_r) = ((t - r) / delta, 1 / delta), or (1, 1 / (t - r)) once r is
+    within delta. So (t - r) u = delta v_g + displacement at the fixed point. All of this stays float32: c_l
+    magnifies rounding.
+    """
+    z_t, kappa, full, weak = conditions(z0, c_str, c_sem, t, noise, partial, strength, struct_noise, alpha)
+    v_loss, parts = base_loss(student, teacher, z_t, t, kappa, full, weak, omega, interval)
+    v_guided = parts["v_guided"]
+
+    u = student(z_t, t, *kappa, r=r).float()                                    # Eq. 12
+    with torch.no_grad():
+        t_m = torch.maximum(t - delta, r)
+        z_tm = z = z_t - per_sample(t - t_m) * v_guided                         # Eq. 13
+        moved = torch.zeros_like(z)                                             # u_tar, as a displacement
+        for i in range(rollout):
+            a, b = (t_m * (1 - j / rollout) + r * (j / rollout) for j in (i, i + 1))
+            step = per_sample(a - b) * student(z, a, *kappa, r=b).float()
+            z, moved = z - step, moved + step
+        distance = (t - r).clamp(min=1e-6)
+        near = t < r + delta + 1e-6
+        c_l = torch.where(near, 1.0, distance / delta)
+        c_r = torch.where(near, 1 / distance, 1 / delta)
+        corr = (per_sample(c_l) * u - per_sample(c_r) * moved - v_guided).clamp(-1, 1)             # Eq. 14
+        target = u - corr                                                       # Eq. 15
+    u_loss = F.mse_loss(u, target)                                              # Eq. 16
+    loss = v_loss + u_weight * u_loss                                           # Eq. 17
+    return loss, parts | dict(u_pred=u, t_m=t_m, z_tm=z_tm, rollout=moved, z_end=z, c_l=c_l, c_r=c_r,
+                              corr=corr, u_target=target, u_loss=u_loss, loss=loss)
+
+
+def draw(cfg, z0, generator):
+    """Random inputs of both losses: t the larger of two uniforms, r uniform in [0, t]; else as train.py."""
+    drawn = train.draw(cfg, z0, generator)
+    del drawn["alpha"]                                                          # fixed in distillation
+    u = torch.rand(4, len(z0), generator=generator, device=z0.device)
+    t = torch.maximum(u[0], u[1])
+    corner = u[3] < cfg.corner
+    return drawn | dict(t=torch.where(corner, 1.0, t), r=torch.where(corner, 0.0, t * u[2]))
+
+
+def one_step(student, z1, c_str, c_sem):
+    """z0 = z1 - f_theta(z1, 1, 0): the whole sampler of a one-step network."""
+    ones = z1.new_ones(len(z1))
+    return z1 - student(z1, ones, c_str, c_sem, r=0 * ones).float()
+
+
+def load_student_parts(cfg, device, path):
+    """Frozen bundle around the DiT of `path`; for tiny with the semantic encoder that it learned with."""
+    vosr = frozen(cfg, device)
+    vosr.dit = load_dit(path).to(device).eval().requires_grad_(False)
+    if cfg.ae_type == "tiny":
+        beside = any(name.startswith("semantic_encoder.") for name in read_tensors(find_weights(path)))
+        semantic = load_semantic_encoder(path if beside else frozen_paths(cfg, cfg.weights)[1], vosr.dit.cfg)
+        vosr.semantic_encoder = semantic.to(device).eval().requires_grad_(False)
+    for name in ("dim", "depth", "num_heads", "enc_dim", "ae_type", "resolution"):
+        if getattr(vosr.dit.cfg, name) != getattr(cfg, name):
+            raise ValueError(f"{path} has {name} {getattr(vosr.dit.cfg, name)}, this run has "
+                             f"{getattr(cfg, name)}: choose its --preset, or give --{name}")
+    return vosr
+
+
+def distil(cfg, device):
+    """Teacher -> one-step student by rc or shortcut; autoencoder and semantic encoder stay as they are."""
+    family = {"tiny": "tiny/ms", "sd2": "VOSR_0.5B_ms", "qwen": "VOSR_1.4B_ms"}[cfg.ae_type]
+    vosr = load_student_parts(cfg, device, cfg.teacher or Path(cfg.weights, family))
+    cfg.auxiliary_time_cond = True
+    torch.manual_seed(cfg.seed)                                             # the embedder of r starts random
+    student = DiT(cfg)
+    student.load_state_dict(student.state_dict() | vosr.dit.state_dict())       # all else is the teacher's
+    consistency = {"rc": rc_loss, "shortcut": shortcut_loss}[cfg.method]
+
+    @torch.no_grad()
+    def prepare(hr, lr):
+        z0, c_str = vosr.encode(torch.cat([hr, lr])).chunk(2)
+        return z0, c_str, vosr.semantic_tokens(lr)
+
+    def loss_fn(net, batch, generator):
+        return consistency(net, vosr.dit, *batch, **draw(cfg, batch[0], generator), alpha=cfg.distill_alpha,
+                           omega=cfg.omega, u_weight=cfg.u_weight, delta=cfg.delta, rollout=cfg.rollout)[0]
+
+    hr, lr = preview_pairs(cfg, device)
+
+    def preview(net):
+        """Rows: LR, one step from tau * noise, HR."""
+        z0, c_str, c_sem = prepare(hr, lr)
+        noise = torch.randn(z0.shape, generator=keyed_generator(device, cfg.seed, "noise"), device=device)
+        return torch.stack([lr, vosr.decode(one_step(net, cfg.tau * noise, c_str, c_sem)), hr])
+
+    ema = run(cfg, student, loss_fn, prepare, preview)
+    return {"os": (ema, asdict(cfg), "args.json")}
+
+
+# ---------------------------------------------------------------- autoencoders
+def edges(x):
+    """Differences of neighbouring pixels, right and down."""
+    return x[..., :, 1:] - x[..., :, :-1], x[..., 1:, :] - x[..., :-1, :]
+
+
+def pixel_loss(image, target):
+    """L1 of the pixels plus half the L1 of the differences between neighbours, which asks for sharp edges."""
+    return F.l1_loss(image, target) + 0.5 * sum(F.l1_loss(a, b) for a, b in zip(edges(image), edges(target),
+                                                                               strict=True))
+
+
+def autoencoder(cfg, device):
+    """The tiny autoencoder from nothing, by reconstruction of HR and some LR crops.
+
+    Noise on the latent makes the decoder forgive what a DiT gets wrong; the penalty keeps its scale finite.
+    """
+    torch.manual_seed(cfg.seed)
+
+    def loss_fn(vae, batch, generator):
+        z = vae.encoder(batch[0])                                               # (B, 16, h, w), raw scale
+        with torch.no_grad():                                               # running statistics of the latent
+            vae.latents_mean.lerp_(z.mean((0, 2, 3), keepdim=True), 0.02)
+            vae.latents_std.lerp_(z.std((0, 2, 3), keepdim=True), 0.02)
+        noise = torch.randn(z.shape, generator=generator, device=z.device)
+        decoded = vae.decoder(z + cfg.latent_noise * z.std().detach() * noise)
+        return pixel_loss(decoded, batch[0]) + 1e-4 * z.square().mean()
+
+    def prepare(hr, lr):
+        return (torch.cat([hr, lr[: len(lr) // 4]]),)
+
+    hr, _ = preview_pairs(cfg, device)
+    vae = TinyAutoencoder().to(memory_format=torch.channels_last)               # 1.3 times faster on a CPU
+    ema = run(cfg, vae, loss_fn, prepare, lambda vae: torch.stack([hr, vae.decode(vae.encode(hr))]))
+    return {"vae": (ema, {"latent_channels": 16, "widths": [64, 96]}, "config.json")}
+
+
+def decoder(cfg, device):
+    """The light decoder retrained for SR (Sec. 4.1): from the student's one-step latents to the HR picture.
+
+    Encoder, semantic encoder and student are frozen; the loss is pixel_loss and nothing else.
+    """
+    family = {"tiny": "tiny/os"}[cfg.ae_type]
+    cfg.auxiliary_time_cond = True
+    vosr = load_student_parts(cfg, device, cfg.teacher or Path(cfg.weights, family))
+    vae = load_vae(frozen_paths(cfg, cfg.weights)[0])
+    vae.encoder.requires_grad_(False)
+
+    @torch.no_grad()
+    def prepare(hr, lr):
+        return hr, vosr.encode(lr), vosr.semantic_tokens(lr)
+
+    @torch.no_grad()
+    def restored(c_str, c_sem, generator):
+        noise = torch.randn(c_str.shape, generator=generator, device=device)
+        return one_step(vosr.dit, cfg.tau * noise, c_str, c_sem)
+
+    def loss_fn(vae, batch, generator):
+        hr, c_str, c_sem = batch
+        return pixel_loss(vae.decode(restored(c_str, c_sem, generator)), hr)
+
+    hr, lr = preview_pairs(cfg, device)
+
+    def preview(vae):
+        """Rows: LR, the decoder before, now, HR."""
+        z0 = restored(*prepare(hr, lr)[1:], keyed_generator(device, cfg.seed, "noise"))
+        return torch.stack([lr, vosr.decode(z0), vae.decode(z0), hr])
+
+    ema = run(cfg, vae, loss_fn, prepare, preview)
+    return {"vae": (ema, {"latent_channels": 16, "widths": [64, 96]}, "config.json")}
+
+
+def main():
+    method = cli(Config, PRESETS["rc"] | PRESETS["autoencoder"]).method
+    methods = {"rc": distil, "shortcut": distil, "autoencoder": autoencoder, "decoder": decoder}
+    if method not in methods:
+        die(f"unknown method {method!r}, choose one of: {', '.join(methods)}")
+    cfg = cli(Config, PRESETS[method])
+    cfg.out = cfg.out or f"out/{cfg.preset}-{cfg.method}"
+    rank, _, device = place(cfg.device)
+    try:
+        finished = methods[method](cfg, device)
+    except ValueError as error:
+        die(error)
+    if cfg.export and rank == 0:
+        for part, (net, config, name) in finished.items():
+            export(Path(cfg.export, part), net, config, name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,808 @@
+"""The networks of VOSR, their conditions and guidance, and strict loading (paper Sec. 3.1-3.3).
+
+Read `DiT.forward` (the paper's Fig. 2) and `guided_velocity` (Eq. 2) first; then the autoencoders, the
+semantic encoders, and `VOSR`, the bundle that every other stage uses. Parameter names and layouts are those
+of the published files. One class per network: a size is data.
+"""
+import json
+import math
+from collections import OrderedDict
+from dataclasses import dataclass, fields
+from functools import lru_cache, partial
+from itertools import pairwise
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from kernels.attention import attention
+from kernels.norm import rms_modulate, rms_norm
+from kernels.qk import qk_norm_rope
+from kernels.swiglu import swiglu
+
+LATENT_CHANNELS = {"tiny": 16, "sd2": 4, "qwen": 16}  # per autoencoder; all reduce the side by 8
+GRID = 16  # pixels per image token: 8 (autoencoder) x 2 (patch); image sides must be multiples of it
+
+
+@dataclass
+class ModelConfig:
+    """Shape of one DiT and of the networks around it; field names as in the published args.json."""
+
+    dim: int = 1024  # width D of the transformer
+    depth: int = 28  # number of blocks
+    num_heads: int = 16  # attention heads; 64 channels each in the published sizes
+    patch_size: int = 2  # latent cells per token side
+    mlp_ratio: float = 4.0  # SwiGLU width is int(2/3 * dim * mlp_ratio)
+    enc_dim: int = 768  # channels of a semantic token
+    encdim_ratio: int = 3  # hidden width of the semantic projection, in units of dim
+    resolution: int = 512  # native side in pixels: rotary positions of other sizes are scaled to its grid
+    ae_type: str = "sd2"  # autoencoder: tiny, sd2 or qwen
+    dinov2_size: int = 448  # side in pixels of what the DINOv2 encoder sees
+    layer_dinov2b_list: tuple = (8,)  # DINOv2 block, counted from 0, whose tokens are the semantics
+    auxiliary_time_cond: bool = False  # one-step network: has the embedder of the target time r
+
+
+# ---------------------------------------------------------------- diffusion transformer (Sec. 3.2, Fig. 2)
+class RMSNorm(nn.Module):
+    """Holds the gain; kernels.norm has the formula."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        return rms_norm(x, self.weight)
+
+
+class TimeEmbedder(nn.Module):
+    """s (B,) in [0, 1], used as it is (not times 1000) -> (B, D). Cosines first."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+    def forward(self, s):
+        frequencies = torch.exp(-math.log(10_000) / 128 * torch.arange(128, device=s.device))
+        angles = s.float()[:, None] * frequencies                                     # (B, 128)
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1).to(self.mlp[0].weight.dtype))
+
+
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)  # a table first made while sampling must serve training too
+def rope_table(height, width, native, head_dim, device):
+    """Rotary angles of a height x width token grid: cos, sin (height * width, head_dim / 2), row-major.
+
+    First half of the pairs turns with the row, second half with the column. Each axis is stretched or
+    squeezed to the native extent, so sizes other than the training size see positions they know.
+    """
+    count = partial(torch.arange, dtype=torch.float64, device="cpu")                  # mps has no float64
+    frequencies = 10_000 ** (-count(head_dim // 4) / (head_dim // 4))
+    rows, cols = (count(n) / n * native for n in (height, width))
+    angles = torch.cat([(rows[:, None] * frequencies)[:, None].expand(-1, width, -1),
+                        (cols[:, None] * frequencies)[None].expand(height, -1, -1)], dim=-1).flatten(0, 1)
+    return angles.cos().float().to(device), angles.sin().float().to(device)
+
+
+class RopeBuffers(nn.Module):
+    """The native table as published files store it, every entry twice; kept so that files load both ways."""
+
+    def __init__(self, native, head_dim):
+        super().__init__()
+        cos, sin = rope_table(native, native, native, head_dim, torch.device("cpu"))
+        self.register_buffer("freqs_cos", cos.repeat_interleave(2, -1))
+        self.register_buffer("freqs_sin", sin.repeat_interleave(2, -1))
+
+
+class Attention(nn.Module):
+    """Self-attention over image tokens with normed queries and keys and rotary positions."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.q_norm, self.k_norm = RMSNorm(dim // heads), RMSNorm(dim // heads)
+
+    def forward(self, x, rope):
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))                          # (B, T, 3, H, d)
+        q, k, v = qk_norm_rope(qkv, self.q_norm.weight, self.k_norm.weight, *rope)    # (B, T, H, d) each
+        return self.proj(attention(q, k, v))                                          # (B, T, D)
+
+
+class CrossAttention(nn.Module):
+    """Image tokens look at the semantic tokens; no positions (Sec. 3.2)."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.q_linear, self.k_linear, self.v_linear, self.proj = (nn.Linear(dim, dim) for _ in range(4))
+        self.q_norm, self.k_norm = RMSNorm(dim // heads), RMSNorm(dim // heads)
+
+    def forward(self, x, s):
+        """x (B, T, D), s (B, N, D) -> (B, T, D)."""
+        q, k, v = (f(a).unflatten(-1, (self.heads, -1)) for f, a in
+                   ((self.q_linear, x), (self.k_linear, s), (self.v_linear, s)))      # (B, T or N, H, d)
+        return self.proj(attention(self.q_norm(q), self.k_norm(k), v))
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, dim, ratio):
+        super().__init__()
+        width = int(2 / 3 * int(dim * ratio))   # in floating point, not rounded to a multiple: 1024 -> 2730
+        self.w12, self.w3 = nn.Linear(dim, 2 * width), nn.Linear(width, dim)
+
+    def forward(self, x):
+        return self.w3(swiglu(self.w12(x)))
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention to the semantic tokens, SwiGLU (paper Sec. 3.2).
+
+    Time enters self-attention and SwiGLU as shift, scale and gate; cross-attention has no norm and no gate.
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.norm1, self.norm2 = RMSNorm(cfg.dim), RMSNorm(cfg.dim)
+        self.attn = Attention(cfg.dim, cfg.num_heads)
+        self.cross_attn = CrossAttention(cfg.dim, cfg.num_heads)
+        self.mlp = SwiGLU(cfg.dim, cfg.mlp_ratio)
+        self.scale_shift_table = nn.Parameter(torch.randn(6, cfg.dim) / cfg.dim**0.5)
+
+    def forward(self, x, time, s, rope):
+        """x (B, T, D), time (B, 6, D), s (B, N, D), rope: two (T, d/2) tables -> (B, T, D)."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + time).chunk(6, dim=1)
+        x = x + gate1 * self.attn(rms_modulate(x, self.norm1.weight, shift1, scale1), rope)
+        x = x + self.cross_attn(x, s)
+        return x + gate2 * self.mlp(rms_modulate(x, self.norm2.weight, shift2, scale2))
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, channels, dim, patch):
+        super().__init__()
+        self.proj = nn.Conv2d(channels, dim, patch, stride=patch)
+
+    def forward(self, x):
+        return self.proj(x).flatten(2).transpose(1, 2)                                # (B, T, D), row-major
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, dim, out):
+        super().__init__()
+        self.norm_final, self.linear = RMSNorm(dim), nn.Linear(dim, out)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+
+    def forward(self, x, c):
+        shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)
+        return self.linear(rms_modulate(x, self.norm_final.weight, shift, scale))
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim, hidden, out, gelu="none"):
+        super().__init__()
+        self.fc1, self.fc2, self.gelu = nn.Linear(dim, hidden), nn.Linear(hidden, out), gelu
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x), approximate=self.gelu))
+
+
+class DiT(nn.Module):
+    """Velocity v_theta(z_t, t, kappa); with auxiliary_time_cond the student f_theta(z_t, t, r, kappa).
+
+    The LightningDiT of the published models. Its output is zero at initialisation.
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg, self.channels = cfg, LATENT_CHANNELS[cfg.ae_type]
+        self.native = cfg.resolution // 8 // cfg.patch_size                           # tokens per side
+        self.x_embedder = PatchEmbed(2 * self.channels, cfg.dim, cfg.patch_size)
+        self.t_embedder = TimeEmbedder(cfg.dim)
+        if cfg.auxiliary_time_cond:
+            self.r_embedder = TimeEmbedder(cfg.dim)
+        self.feat_rope = RopeBuffers(self.native, cfg.dim // cfg.num_heads)
+        self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(cfg.dim, 6 * cfg.dim))
+        self.layer_norm = nn.LayerNorm(cfg.enc_dim)
+        self.mlp_ca = Mlp(cfg.enc_dim, cfg.dim * cfg.encdim_ratio, cfg.dim, gelu="tanh")
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
+        self.final_layer = FinalLayer(cfg.dim, cfg.patch_size**2 * self.channels)
+        self.init_weights()
+
+    def init_weights(self):
+        """Linear: Xavier uniform, bias 0. Time: normal 0.02. Last modulation and projection: 0, so v = 0."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        embedders = [self.t_embedder] + ([self.r_embedder] if self.cfg.auxiliary_time_cond else [])
+        for linear in (self.t_block[1], *(m.mlp[i] for m in embedders for i in (0, 2))):
+            nn.init.normal_(linear.weight, std=0.02)
+        for linear in (self.final_layer.adaLN_modulation[1], self.final_layer.linear):
+            nn.init.zeros_(linear.weight)
+
+    def forward(self, z_t, t, c_str, c_sem, r=None):
+        """z_t, c_str (B, C, h, w); t, r (B,) in [0, 1], r <= t; c_sem (B, N, enc_dim) -> v (B, C, h, w).
+
+        h and w are multiples of the patch, equal or not. Zero c_sem means "no semantics": it still passes
+        the projection, whose biases make it a learned constant. Raises ValueError for other sides, and when r
+        is missing or not wanted.
+        """
+        p, (height, width) = self.cfg.patch_size, (n // self.cfg.patch_size for n in z_t.shape[-2:])
+        if z_t.shape[-2:] != (height * p, width * p):
+            raise ValueError(f"latent sides must be multiples of {p}, got {tuple(z_t.shape[-2:])}")
+        if (r is not None) != self.cfg.auxiliary_time_cond:
+            raise ValueError("a one-step network needs the target time r, a multi-step network has none")
+        c = self.t_embedder(t)                                                        # (B, D)
+        if r is not None:
+            c = c + self.r_embedder(r) * (t - r)[:, None].to(c.dtype)                 # vanishes at r = t
+        time = self.t_block(c).unflatten(-1, (6, -1))                                 # (B, 6, D), all blocks
+        s = self.mlp_ca(self.layer_norm(c_sem))                                       # (B, N, D), all blocks
+        rope = rope_table(height, width, self.native, self.cfg.dim // self.cfg.num_heads, z_t.device)
+
+        x = self.x_embedder(torch.cat([c_str, z_t], dim=1))                           # (B, T, D)
+        for block in self.blocks:
+            x = block(x, time, s, rope)
+        x = self.final_layer(x, c).unflatten(-1, (p, p, -1))                          # (B, T, p, p, C)
+        x = x.unflatten(1, (height, width)).permute(0, 5, 1, 3, 2, 4)                 # (B, C, h/p, p, w/p, p)
+        return x.flatten(4, 5).flatten(2, 3)
+
+
+def partial_condition(c_str, c_sem, alpha):
+    """kappa = (alpha c_str, no semantics), the weakly anchored branch of Sec. 3.3.
+
+    c_str (B, C, h, w), c_sem (B, N, enc_dim), alpha a float or (B, 1, 1, 1).
+    """
+    return alpha * c_str, torch.zeros_like(c_sem)
+
+
+def both_branches(net, z, t, full, partial):
+    """v_cond and v_pcond of Sec. 3.3 as one batch; full and partial are pairs (c_str, c_sem). float32."""
+    c_str, c_sem = (torch.cat(pair) for pair in zip(full, partial, strict=True))
+    return net(torch.cat([z, z]), torch.cat([t, t]), c_str, c_sem).float().chunk(2)
+
+
+def guided_velocity(net, z, t, c_str, c_sem, alpha, cfg_scale):
+    """Restoration-oriented guidance, paper Eq. 2: v_cfg = v_pcond + s (v_cond - v_pcond).
+
+    cfg_scale 0 is the partial branch (invents), 1 the full branch (obeys the input).
+    z, c_str (B, C, h, w), t (B,), c_sem (B, N, enc_dim) -> (B, C, h, w) in float32.
+    """
+    v_cond, v_pcond = both_branches(net, z, t, (c_str, c_sem), partial_condition(c_str, c_sem, alpha))
+    return v_pcond + cfg_scale * (v_cond - v_pcond)
+
+
+# ---------------------------------------------------------------- autoencoders: image <-> latent
+# Interface of all three: encode(image, noise) -> normalised latent; decode(latent) -> image, not clamped.
+def group_norm(channels, groups=32):
+    return nn.GroupNorm(groups, channels, eps=1e-6)
+
+
+class ChannelNorm(nn.Module):
+    """Qwen: unit length over channels, times sqrt(channels) and a gain; no bias."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(channels, 1, 1))
+
+    def forward(self, x):
+        return F.normalize(x, dim=1, eps=1e-12) * len(self.gamma) ** 0.5 * self.gamma
+
+
+class ResBlock(nn.Module):
+    def __init__(self, cin, cout, norm):
+        super().__init__()
+        self.norm1, self.conv1 = norm(cin), nn.Conv2d(cin, cout, 3, padding=1)
+        self.norm2, self.conv2 = norm(cout), nn.Conv2d(cout, cout, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
+
+    def forward(self, x):
+        return self.conv_shortcut(x) + self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
+
+
+class PixelAttention(nn.Module):
+    """Stable Diffusion: one head over all pixels."""
+
+    def __init__(self, channels, norm):
+        super().__init__()
+        self.group_norm = norm(channels)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, x):
+        tokens = self.group_norm(x).flatten(2).transpose(1, 2)                        # (B, h w, C)
+        q, k, v = (f(tokens)[:, :, None] for f in (self.to_q, self.to_k, self.to_v))  # one head
+        return x + self.to_out[0](attention(q, k, v)).transpose(1, 2).reshape(x.shape)
+
+
+class QwenAttention(nn.Module):
+    def __init__(self, channels, norm):
+        super().__init__()
+        self.norm = norm(channels)
+        self.to_qkv, self.proj = nn.Conv2d(channels, 3 * channels, 1), nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x):
+        q, k, v = self.to_qkv(self.norm(x)).flatten(2).transpose(1, 2)[:, :, None].chunk(3, dim=-1)
+        return x + self.proj(attention(q, k, v).transpose(1, 2).reshape(x.shape))
+
+
+class MidBlock(nn.Module):
+    def __init__(self, channels, norm, attn):
+        super().__init__()
+        self.resnets = nn.ModuleList(ResBlock(channels, channels, norm) for _ in range(2))
+        self.attentions = nn.ModuleList([attn(channels, norm)])
+
+    def forward(self, x):
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+def downsample(c):
+    """Halve the side: one zero column right, one zero row below, 3x3 convolution with stride 2."""
+    return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(c, c, 3, stride=2)))
+
+
+def upsample(c, out):
+    return nn.Sequential(OrderedDict(up=nn.Upsample(scale_factor=2.0), conv=nn.Conv2d(c, out, 3, padding=1)))
+
+
+def qwen_name(resampling):
+    """The Qwen files call the same convolution resample.1."""
+    return nn.Sequential(OrderedDict(resample=nn.Sequential(*resampling)))
+
+
+def level(widths, norm, **resample):
+    """Residual blocks of one resolution, then (not at the last level) a change of resolution."""
+    blocks = nn.Sequential(*(ResBlock(a, b, norm) for a, b in pairwise(widths)))
+    return nn.Sequential(OrderedDict(resnets=blocks, **{n: nn.Sequential(m) for n, m in resample.items()}))
+
+
+class Encoder(nn.Module):
+    """SD2.1 encoder: image (B, 3, H, W) -> moments (B, 2 latent, H/8, W/8) before quant_conv."""
+
+    def __init__(self, channels, layers, latent, norm=group_norm):
+        super().__init__()
+        levels = [level([channels[max(i - 1, 0)]] + [c] * layers, norm,
+                        **({"downsamplers": downsample(c)} if i < len(channels) - 1 else {}))
+                  for i, c in enumerate(channels)]
+        self.conv_in = nn.Conv2d(3, channels[0], 3, padding=1)
+        self.down_blocks = nn.Sequential(*levels)
+        self.mid_block, self.conv_norm_out = MidBlock(channels[-1], norm, PixelAttention), norm(channels[-1])
+        self.conv_out = nn.Conv2d(channels[-1], 2 * latent, 3, padding=1)
+
+    def forward(self, x):
+        x = self.mid_block(self.down_blocks(self.conv_in(x)))
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class Decoder(nn.Module):
+    """SD2.1 decoder: latent (B, latent, h, w) -> image (B, 3, 8h, 8w). Narrow channels: the light one."""
+
+    def __init__(self, channels, layers, latent, norm=group_norm):
+        super().__init__()
+        widths = list(channels)[::-1]
+        levels = [level([widths[max(i - 1, 0)]] + [c] * (layers + 1), norm,
+                        **({"upsamplers": upsample(c, c)} if i < len(widths) - 1 else {}))
+                  for i, c in enumerate(widths)]
+        self.conv_in = nn.Conv2d(latent, widths[0], 3, padding=1)
+        self.mid_block, self.up_blocks = MidBlock(widths[0], norm, PixelAttention), nn.Sequential(*levels)
+        self.conv_norm_out, self.conv_out = norm(widths[-1]), nn.Conv2d(widths[-1], 3, 3, padding=1)
+
+    def forward(self, z):
+        x = self.up_blocks(self.mid_block(self.conv_in(z)))
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class AutoencoderKL(nn.Module):
+    """SD2.1 autoencoder, 4 channels, f8. `light_channels`: the paper's light decoder instead (Sec. 4.1)."""
+
+    def __init__(self, block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
+                 norm_num_groups=32, scaling_factor=0.18215, light_channels=None):
+        super().__init__()
+        self.scaling_factor, norm = scaling_factor, partial(group_norm, groups=norm_num_groups)
+        self.encoder = Encoder(block_out_channels, layers_per_block, latent_channels, norm)
+        self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
+        self.decoder = Decoder(light_channels or block_out_channels, layers_per_block, latent_channels, norm)
+        self.post_quant_conv = (nn.Identity() if light_channels else  # the light decoder needs none
+                                nn.Conv2d(latent_channels, latent_channels, 1))
+
+    def moments(self, image):
+        """image (B, 3, H, W) in [-1, 1] -> mean, logvar (B, 4, H/8, W/8) of the posterior."""
+        mean, logvar = self.quant_conv(self.encoder(image)).chunk(2, dim=1)
+        return mean, logvar.clamp(-30, 20)
+
+    def encode(self, image, noise=None):
+        mean, logvar = self.moments(image)
+        return (mean if noise is None else mean + torch.exp(logvar / 2) * noise) * self.scaling_factor
+
+    def decode(self, z):
+        return self.decoder(self.post_quant_conv(z / self.scaling_factor))
+
+
+class QwenEncoder(nn.Module):
+    def __init__(self, base, mult, layers, latent):
+        super().__init__()
+        widths, blocks = [base] + [base * m for m in mult], []
+        for i, (a, b) in enumerate(pairwise(widths)):
+            blocks += [ResBlock(a if j == 0 else b, b, ChannelNorm) for j in range(layers)]
+            if i < len(mult) - 1:
+                blocks.append(qwen_name(downsample(b)))
+        self.conv_in = nn.Conv2d(3, base, 3, padding=1)
+        self.down_blocks = nn.Sequential(*blocks)
+        self.mid_block = MidBlock(widths[-1], ChannelNorm, QwenAttention)
+        self.norm_out = ChannelNorm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], 2 * latent, 3, padding=1)
+
+    def forward(self, x):
+        x = self.mid_block(self.down_blocks(self.conv_in(x)))
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class QwenDecoder(nn.Module):
+    def __init__(self, base, mult, layers, latent):
+        super().__init__()
+        widths, levels = [base * m for m in reversed(mult)], []
+        for i, c in enumerate(widths):
+            entry = widths[0] if i == 0 else widths[i - 1] // 2  # upsampling halves the channels
+            up = {"upsamplers": qwen_name(upsample(c, c // 2))} if i < len(mult) - 1 else {}
+            levels.append(level([entry] + [c] * (layers + 1), ChannelNorm, **up))
+        self.conv_in = nn.Conv2d(latent, widths[0], 3, padding=1)
+        self.mid_block = MidBlock(widths[0], ChannelNorm, QwenAttention)
+        self.up_blocks = nn.Sequential(*levels)
+        self.norm_out, self.conv_out = ChannelNorm(widths[-1]), nn.Conv2d(widths[-1], 3, 3, padding=1)
+
+    def forward(self, z):
+        x = self.up_blocks(self.mid_block(self.conv_in(z)))
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class QwenVAE(nn.Module):
+    """Qwen-Image autoencoder for single pictures, 16 channels, f8 (used by the 1.4B models)."""
+
+    def __init__(self, latents_mean, latents_std, base_dim=96, z_dim=16, dim_mult=(1, 2, 4, 4),
+                 num_res_blocks=2):
+        super().__init__()
+        self.encoder = QwenEncoder(base_dim, dim_mult, num_res_blocks, z_dim)
+        self.quant_conv, self.post_quant_conv = nn.Conv2d(2 * z_dim, 2 * z_dim, 1), nn.Conv2d(z_dim, z_dim, 1)
+        self.decoder = QwenDecoder(base_dim, dim_mult, num_res_blocks, z_dim)
+        for name, values in (("latents_mean", latents_mean), ("latents_std", latents_std)):
+            value = torch.tensor(values, device="cpu").view(1, -1, 1, 1)  # real also in a network on meta
+            self.register_buffer(name, value, persistent=False)
+
+    def moments(self, image):
+        mean, logvar = self.quant_conv(self.encoder(image)).chunk(2, dim=1)
+        return mean, logvar.clamp(-30, 20)
+
+    def encode(self, image, noise=None):
+        mean, logvar = self.moments(image)
+        z = mean if noise is None else mean + torch.exp(logvar / 2) * noise
+        return (z - self.latents_mean) / self.latents_std
+
+    def decode(self, z):
+        return self.decoder(self.post_quant_conv(z * self.latents_std + self.latents_mean)).clamp(-1, 1)
+
+
+class TinyRes(nn.Module):
+    """No norms: at full resolution they cost a laptop more than the convolutions."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv1, self.conv2 = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.bias)
+
+    def forward(self, x):
+        return x + self.conv2(F.silu(self.conv1(F.silu(x))))
+
+
+class TinyAutoencoder(nn.Module):
+    """Own small autoencoder, 16 channels, f8, deterministic; trained by `distill.py --method autoencoder`.
+
+    latents_mean, latents_std (1, 16, 1, 1) normalise the latent; training measures them.
+    """
+
+    def __init__(self, latent_channels=16, widths=(64, 96)):
+        super().__init__()
+        a, b = widths
+        self.encoder = nn.Sequential(
+            nn.PixelUnshuffle(4), nn.Conv2d(48, a, 3, padding=1), TinyRes(a), TinyRes(a),               # 1/4
+            nn.PixelUnshuffle(2), nn.Conv2d(4 * a, b, 1), TinyRes(b),                                   # 1/8
+            nn.Conv2d(b, latent_channels, 3, padding=1))
+        self.decoder = nn.Sequential(
+            nn.Conv2d(latent_channels, b, 3, padding=1), TinyRes(b), nn.Conv2d(b, 4 * a, 1),            # 1/8
+            nn.PixelShuffle(2), TinyRes(a), TinyRes(a), nn.Conv2d(a, 2 * a, 1),                         # 1/4
+            nn.PixelShuffle(2), TinyRes(a // 2), nn.Conv2d(a // 2, 12, 3, padding=1), nn.PixelShuffle(2))
+        self.register_buffer("latents_mean", torch.zeros(1, latent_channels, 1, 1))
+        self.register_buffer("latents_std", torch.ones(1, latent_channels, 1, 1))
+
+    def encode(self, image, noise=None):
+        """There is no posterior, so `noise` has nothing to scale."""
+        return (self.encoder(image) - self.latents_mean) / self.latents_std
+
+    def decode(self, z):
+        return self.decoder(z * self.latents_std + self.latents_mean)
+
+
+# ---------------------------------------------------------------- semantic encoders: image -> c_sem
+class LayerScale(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        return x * self.gamma
+
+
+class ViTAttention(nn.Module):
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads, self.qkv, self.proj = heads, nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+    def forward(self, x):
+        return self.proj(attention(*self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)))
+
+
+class ViTBlock(nn.Module):
+    def __init__(self, dim, heads, ratio):
+        super().__init__()
+        self.norm1, self.norm2 = (nn.LayerNorm(dim, eps=1e-6) for _ in range(2))
+        self.ls1, self.ls2 = LayerScale(dim), LayerScale(dim)
+        self.attn, self.mlp = ViTAttention(dim, heads), Mlp(dim, int(dim * ratio), dim)
+
+    def forward(self, x):
+        x = x + self.ls1(self.attn(self.norm1(x)))
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+
+class DINOv2(nn.Module):
+    """Vision encoder of the published models; `layer` is the block, counted from 0, whose tokens are used."""
+
+    def __init__(self, embed_dim=768, depth=12, num_heads=12, patch_size=14, mlp_ratio=4, img_size=518,
+                 layer=8, size=448):
+        super().__init__()
+        self.layer, self.size, self.patch_size, self.grid = layer, size, patch_size, img_size // patch_size
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid**2, embed_dim))
+        self.mask_token = nn.Parameter(torch.zeros(1, embed_dim))                     # in files, never used
+        self.patch_embed = PatchEmbed(3, embed_dim, patch_size)
+        self.blocks = nn.ModuleList(ViTBlock(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+
+    def preprocess(self, image):
+        """image (B, 3, H, W) in [-1, 1] -> (B, 3, size, size), ImageNet statistics; never antialiased."""
+        x = image.float() * 0.5 + 0.5
+        x = F.interpolate(x, (self.size, self.size), mode="bicubic", align_corners=False).clamp(0, 1)
+        mean, std = x.new_tensor([0.485, 0.456, 0.406]), x.new_tensor([0.229, 0.224, 0.225])
+        return (x - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+
+    def positions(self, height, width):
+        """(1, 1 + height width, D): the grid part resized bicubically, with the scale factors of DINOv2."""
+        if height == width == self.grid:
+            return self.pos_embed
+        grid = self.pos_embed[:, 1:].float().unflatten(1, (self.grid, self.grid)).permute(0, 3, 1, 2)
+        scale = ((height + 0.1) / self.grid, (width + 0.1) / self.grid)               # 0.1 is DINOv2's own
+        grid = F.interpolate(grid, scale_factor=scale, mode="bicubic").flatten(2).transpose(1, 2)
+        return torch.cat([self.pos_embed[:, :1], grid.to(self.pos_embed.dtype)], dim=1)
+
+    def features(self, x, layer):
+        """x (B, 3, h, w) preprocessed, sides multiples of 14 -> tokens after block `layer` (B, N, D).
+
+        The final norm applies after the last block only; later blocks are not run.
+        """
+        height, width = (n // self.patch_size for n in x.shape[-2:])
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), self.patch_embed(x)], dim=1)
+        x = x + self.positions(height, width)
+        for block in self.blocks[:layer + 1]:
+            x = block(x)
+        return (self.norm(x) if layer == len(self.blocks) - 1 else x)[:, 1:]
+
+    def forward(self, image):
+        return self.features(self.preprocess(image).to(self.pos_embed.dtype), self.layer)
+
+
+class TinySemanticEncoder(nn.Module):
+    """Own small encoder: a token per 32 x 32 pixels of the enlarged LR image. It learns with the DiT."""
+
+    def __init__(self, enc_dim=96):
+        super().__init__()
+        widths = (3, 32, 64, enc_dim)
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1)
+                                   for a, b in pairwise(widths))
+        self.mix = nn.Conv2d(enc_dim, enc_dim, 3, padding=1)
+
+    def forward(self, image):
+        x = F.avg_pool2d(image, 4)                                                    # about the LR size
+        for conv in self.convs:
+            x = F.silu(conv(x))
+        return self.mix(x).flatten(2).transpose(1, 2)                                 # (B, N, enc_dim)
+
+
+# ---------------------------------------------------------------- the bundle
+class VOSR(nn.Module):
+    """DiT + autoencoder + semantic encoder, with the four operations that the stages need."""
+
+    def __init__(self, dit, vae, semantic_encoder):
+        super().__init__()
+        self.dit, self.vae, self.semantic_encoder = dit, vae, semantic_encoder
+
+    def encode(self, image, noise=None):
+        """image (B, 3, H, W) in [-1, 1], sides multiples of 8 -> latent (B, C, H/8, W/8), unit scale.
+
+        noise None: the mode of the posterior; Gaussian noise of the latent's shape: a sample of it.
+        """
+        return self.vae.encode(image, noise)
+
+    def decode(self, z):
+        """latent (B, C, h, w) -> image (B, 3, 8h, 8w) in about [-1, 1], not clamped."""
+        return self.vae.decode(z)
+
+    def semantic_tokens(self, image):
+        """Enlarged LR image (B, 3, H, W) in [-1, 1] -> c_sem (B, N, enc_dim)."""
+        return self.semantic_encoder(image)
+
+    def velocity(self, z_t, t, c_str, c_sem, r=None):
+        """v_theta(z_t, t, kappa); see DiT.forward."""
+        return self.dit(z_t, t, c_str, c_sem, r)
+
+
+# ---------------------------------------------------------------- loading: all names and shapes, or an error
+def read_json(path):
+    """Dict of a JSON file."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no settings")
+    return content
+
+
+def read_tensors(path):
+    """Tensors of a .safetensors file, or of a .pth file through the restricted unpickler (no code runs)."""
+    try:
+        if str(path).endswith(".safetensors"):
+            return load_file(path)
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing") from None
+    except UnpicklingError:
+        raise ValueError(f"{path} cannot be read: it is damaged or holds code, which is never run") from None
+    except (OSError, RuntimeError, SafetensorError, EOFError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+    if not isinstance(tensors, dict):
+        raise ValueError(f"{path} holds no named tensors")
+    return tensors
+
+
+def load_strict(net, tensors, source):
+    """Copy `tensors` into `net`; a net on the meta device takes them over instead, in its own dtype.
+
+    Raises ValueError naming the file and the first missing, extra or misshaped tensor.
+    """
+    for prefix in ("module.", "_orig_mod.", "ema_model."):  # left by DDP, torch.compile, EMA wrappers
+        if all(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
+    want = net.state_dict()
+    rope = {name for name in want if name.startswith("feat_rope.")}  # tables that can be recomputed
+    missing, extra = want.keys() - tensors.keys() - rope, tensors.keys() - want.keys()
+    shapes = [n for n in want.keys() & tensors.keys() if want[n].shape != tensors[n].shape]
+    for what, names in (("lacks", missing), ("has the unknown", extra), ("has another shape of", shapes)):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise ValueError(f"{source} {what} {min(names)}{more}: not the weights of this network")
+    tensors = {name: tensors.get(name, value).to(value.dtype) for name, value in want.items()}
+    net.load_state_dict(tensors, assign=any(p.is_meta for p in net.parameters()))
+    return net
+
+
+def model_folder(path):
+    """The folder that a path means: OUT/last is a text file that names the newest checkpoint beside it."""
+    path = Path(path)
+    return path.parent / path.read_text().strip() if path.is_file() and path.name == "last" else path
+
+
+def find_weights(folder):
+    """The weights file of a model folder, where the published layouts and our runs keep it."""
+    folder = model_folder(folder)
+    for sub in ("clean_weights", "checkpoints", "."):
+        for name in ("ema_model.safetensors", "model.safetensors", "diffusion_pytorch_model.safetensors"):
+            if (folder / sub / name).is_file():
+                return folder / sub / name
+    raise ValueError(f"{folder} has no ema_model.safetensors or model.safetensors")
+
+
+def read_config(cls, args, source):
+    """Fields of a dataclass from a dict that may hold more."""
+    if missing := {"dim", "depth", "num_heads"} - args.keys():
+        raise ValueError(f"{source} has no {min(missing)}: not the args.json of a DiT")
+    if off := [name for name, value in args.items() if name.startswith("use_") and value is False]:
+        raise ValueError(f"{source} switches {off[0]} off: no published network does, and this code cannot")
+    kept = {f.name: args[f.name] for f in fields(cls) if f.name in args}
+    return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in kept.items()})
+
+
+def load_dit(folder):
+    """DiT of a published or own folder (args.json + weights). The file's keys decide about r_embedder."""
+    source, settings = find_weights(folder), model_folder(folder) / "args.json"
+    tensors = read_tensors(source)
+    cfg = read_config(ModelConfig, read_json(settings), settings)
+    cfg.auxiliary_time_cond = any("r_embedder." in name for name in tensors)
+    with torch.device("meta"):  # no time and memory for an initialisation that is overwritten
+        net = DiT(cfg)
+    return load_strict(net, {n: v for n, v in tensors.items() if "semantic_encoder." not in n}, source)
+
+
+def rename_attention(tensors):
+    """Older Stable Diffusion files call the four projections of the pixel attention otherwise."""
+    for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")):
+        old, new = f".attentions.0.{old}.", f".attentions.0.{new}."
+        tensors = {name.replace(old, new): value for name, value in tensors.items()}
+    return tensors
+
+
+AUTOENCODERS = {  # which fields of config.json each takes; the first one tells them apart
+    AutoencoderKL: ("block_out_channels", "layers_per_block", "latent_channels", "norm_num_groups",
+                    "scaling_factor"),
+    QwenVAE: ("base_dim", "latents_mean", "latents_std", "z_dim", "dim_mult", "num_res_blocks"),
+    TinyAutoencoder: ("widths", "latent_channels")}
+
+
+def load_vae(folder, light_decoder=None):
+    """Autoencoder of a folder with config.json; its fields tell which of the three it is.
+
+    light_decoder: a torch file {"config", "model_state_dict"} that replaces the SD2.1 decoder.
+    """
+    config, source = read_json(Path(folder) / "config.json"), find_weights(folder)
+    for cls, names in AUTOENCODERS.items():
+        if names[0] in config:
+            with torch.device("meta"):
+                vae = cls(**{name: config[name] for name in names if name in config})
+            load_strict(vae, rename_attention(read_tensors(source)), source)
+            break
+    else:
+        raise ValueError(f"{folder}/config.json is not the configuration of an autoencoder that VOSR uses")
+    if light_decoder:
+        stored = read_tensors(light_decoder)
+        if not {"config", "model_state_dict"} <= stored.keys():
+            raise ValueError(f"{light_decoder} lacks config or model_state_dict: not the light decoder")
+        shape = [stored["config"][n] for n in ("block_out_channels", "layers_per_block", "in_channels")]
+        vae.decoder = load_strict(Decoder(*shape), stored["model_state_dict"], light_decoder)
+        vae.post_quant_conv = nn.Identity()
+    return vae
+
+
+FROZEN = {  # per autoencoder type: where the parts that DiT training leaves alone are, in the weights folder
+    "tiny": ("tiny/vae", "tiny/semantic"),
+    "sd2": ("stable-diffusion-2-1-base/vae", "torch_cache/checkpoints/dinov2_vitb14_pretrain.pth"),
+    "qwen": ("Qwen-Image-vae-2d", "torch_cache/checkpoints/dinov2_vitl14_pretrain.pth"),
+}
+
+
+def frozen_paths(cfg, weights):
+    """Paths of the autoencoder and of the semantic encoder that belong to a DiT of this configuration."""
+    return tuple(Path(weights, path) for path in FROZEN[cfg.ae_type])
+
+
+def load_semantic_encoder(path, cfg):
+    """DINOv2 from its .pth file (the size is read off the tensors), or the tiny encoder from a folder.
+
+    A run of train.py keeps the tiny encoder beside the DiT that it learned with: such a folder works, too.
+    """
+    path = model_folder(path)
+    if path.is_dir():
+        source = find_weights(path)
+        tensors = read_tensors(source)
+        beside = {name.removeprefix("semantic_encoder."): value for name, value in tensors.items()
+                  if name.startswith("semantic_encoder.")}
+        return load_strict(TinySemanticEncoder(cfg.enc_dim), beside or tensors, source)
+    tensors = read_tensors(path)
+    if "cls_token" not in tensors:
+        raise ValueError(f"{path} lacks cls_token: not the weights of DINOv2")
+    depth = 1 + max((int(name.split(".")[1]) for name in tensors if name.startswith("blocks.")), default=0)
+    dim, layer = tensors["cls_token"].shape[-1], cfg.layer_dinov2b_list[-1]
+    with torch.device("meta"):
+        encoder = DINOv2(dim, depth, dim // 64, layer=layer, size=cfg.dinov2_size)
+    return load_strict(encoder, tensors, path)
