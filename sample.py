@@ -1,0 +1,575 @@
+"""Enlarge pictures: encode, integrate from noise to an image latent (Eq. 2), decode, fix the colours.
+
+    python sample.py --steps 1 input.png                   # writes input_x4.png beside it
+    python sample.py --steps 25 photos/ -o out/            # the multi-step network, a whole folder
+    python sample.py --scale 2.5 --fidelity 0.5 -- -odd-name.jpg
+
+As a library:
+
+    from PIL import Image
+    from sample import load, upscale
+    vosr = load("tiny", steps=1)
+    upscale(Image.open("input.png"), vosr, scale=4).save("input_x4.png")
+
+Up to 4 steps run the one-step student of a model family, more its multi-step network with guidance. In a
+picture larger than a tile, all tiles share one noise field and their velocities are blended at every step.
+"""
+import itertools
+import math
+import os
+import re
+import sys
+import time
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps, ImageStat
+from tqdm import tqdm
+
+from config import cli, die
+from data import SUFFIXES, keyed_generator
+from model import (
+    GRID,
+    LATENT_CHANNELS,
+    VOSR,
+    ModelConfig,
+    find_weights,
+    frozen_paths,
+    guided_velocity,
+    load_dit,
+    load_semantic_encoder,
+    load_vae,
+    read_json,
+    read_tensors,
+)
+
+MULTI_STEP = dict(steps=25, cfg_scale=0.5)  # the authors' practical default; they use -0.5 on RealSR
+ONE_STEP = dict(steps=1, cfg_scale=None)    # guidance was distilled into the student
+DEFAULTS = {  # where each model lies in the weights folder, and how it is sampled unless told otherwise
+    "tiny-ms": dict(folder="tiny/ms", ae_type="tiny", **MULTI_STEP),
+    "tiny-os": dict(folder="tiny/os", ae_type="tiny", **ONE_STEP),
+    "0.5B-ms": dict(folder="VOSR_0.5B_ms", ae_type="sd2", **MULTI_STEP),
+    "0.5B-os": dict(folder="VOSR_0.5B_os", ae_type="sd2", **ONE_STEP),
+    "1.4B-ms": dict(folder="VOSR_1.4B_ms", ae_type="qwen", **MULTI_STEP),
+    "1.4B-os": dict(folder="VOSR_1.4B_os", ae_type="qwen", **ONE_STEP),
+    "2.0": dict(folder="VOSR2", ae_type="qwen", **ONE_STEP),
+}
+FAMILIES = tuple(dict.fromkeys(name.removesuffix("-ms").removesuffix("-os") for name in DEFAULTS))
+HALF = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Config:
+    model: str = "tiny"  # tiny, 0.5B, 1.4B, 2.0; tiny-ms, tiny-os, ... force one network; or a folder
+    steps: int = 0  # sampling steps, up to 4 with the one-step student; 0: the model's own, 1 or 25
+    scale: float = 4.0  # enlargement, any number from 1
+    size: str = ""  # exact size of the output such as 1920x1080, instead of --scale
+    long: int = 0  # longer side of the output in pixels, instead of --scale
+    seed: int = 42  # same seed and file name, same picture
+    cfg_scale: float = math.nan  # guidance of multi-step models: 0 invents, 1 obeys; nan: the model's own
+    alpha: float = 0.1  # structural retention of the partial branch; the official sampler has 0.15
+    fidelity: float = 0.0  # 0: as trained ... 1: no noise, softer and closer to the input
+    color: str = "wavelet"  # colour fix: wavelet, adain, none
+    tile: int = 512  # side of a tile in pixels of the output; 0: never tile
+    posterior: str = "mode"  # latent of the input: the mode of the autoencoder's posterior, or a sample
+    dtype: str = "auto"  # fp32, bf16, fp16; auto: fp32 on a CPU, half precision on a GPU
+    device: str = "auto"  # cuda, mps, cpu; auto: the first of them that is there
+    weights: str = "weights"  # folder of the weights
+    overwrite: bool = False  # redo outputs that are there already
+    out: str = ""  # folder of the outputs (also -o); default: beside each input
+    inputs: tuple = ()  # pictures and folders; after -- names may start with a dash
+
+
+# ---------------------------------------------------------------- the sampler (Eq. 2, Euler)
+def time_grid(steps, schedule="linear"):
+    """(steps + 1,) times falling from 1 (noise) to 0 (image). The official scripts always use linear."""
+    if schedule == "cosine":
+        return torch.linspace(0, math.pi / 2, steps + 1).cos()
+    return torch.linspace(1, 0, steps + 1)
+
+
+@torch.no_grad()
+def euler(net, z, c_str, c_sem, times, alpha=0.1, cfg_scale=None, interval=(0, 1)):
+    """Integrate dz/dt = v from noise z at times[0] = 1 to an image latent at times[-1] = 0, in float32.
+
+    z, c_str (B, C, h, w); c_sem (B, N, enc_dim). With cfg_scale, net is a multi-step network, guided by Eq. 2
+    where t lies in `interval` and fully conditioned elsewhere. Without, net is a student and each step is
+    z - (t - r) f(z, t, r), with r the next time (Eq. 4).
+    """
+    for t, t_next in itertools.pairwise([float(t) for t in times]):
+        now = z.new_full((len(z),), t)
+        if cfg_scale is None:
+            v = net(z, now, c_str, c_sem, r=z.new_full((len(z),), t_next))
+        elif interval[0] <= t <= interval[1]:
+            v = guided_velocity(net, z, now, c_str, c_sem, alpha, cfg_scale)
+        else:
+            v = net(z, now, c_str, c_sem)
+        z = z - (t - t_next) * v.float()
+    return z
+
+
+# ---------------------------------------------------------------- tiles
+def tile_layout(length, tile, overlap):
+    """Starts of the tiles that cover 0 ... length; the last one is moved back to end there."""
+    starts = list(range(0, max(length - tile, 0) + 1, max(tile - overlap, 1)))
+    return starts if starts[-1] + tile >= length else [*starts, length - tile]
+
+
+def gaussian_window(height, width):
+    """(height, width) weights of a tile's velocity; the variance is 1 % of the squared side."""
+    y, x = (torch.exp(-((torch.arange(n) - (n - 1) / 2) / n) ** 2 / 0.02) for n in (height, width))
+    return y[:, None] * x
+
+
+def tiled(net, places, height, width, tokens, batch=1):
+    """A net for `euler` that runs `net` on tiles and blends: v = sum(g v_tile) / sum(g), g Gaussian.
+
+    places: (top, left) of each tile of height x width; tokens(k): c_sem (1, N, enc_dim) of tile k; batch:
+    tiles per call of `net`. The result takes for c_sem a factor (B, 1, 1) on them: 1, or 0 for no semantics.
+    """
+    def blended(z, t, c_str, c_sem, r=None):
+        g = gaussian_window(height, width).to(z.device)
+        total, weight = torch.zeros_like(z), z.new_zeros(z.shape[-2:])
+        for first in range(0, len(places), batch):
+            some = range(first, min(first + batch, len(places)))
+            cuts = [(..., slice(y, y + height), slice(x, x + width)) for y, x in (places[k] for k in some)]
+            v = net(torch.cat([z[cut] for cut in cuts]), t.repeat(len(cuts)),              # (n B, C, h, w)
+                    torch.cat([c_str[cut] for cut in cuts]), torch.cat([tokens(k) * c_sem for k in some]),
+                    r=None if r is None else r.repeat(len(cuts)))
+            for cut, v_tile in zip(cuts, v.float().split(len(z)), strict=True):
+                total[cut] += g * v_tile
+                weight[cut] += g
+        return total / weight
+
+    return blended
+
+
+MARGIN, RAMP = 6, 4  # latent cells that a tile's own border spoils; width of the cross-fade behind them
+
+
+def assemble(piece, out, height, width, tile):
+    """Fill `out` (C, f height, f width) from overlapping pieces, cross-faded where all of them are sound.
+
+    piece(top, left, h, w) -> (C, f h, f w), float, for a window of latent cells. The tiny autoencoder sees no
+    further than MARGIN, so tiles change nothing; the published ones have norms and attention over the window.
+    Only a band of one tile's height is held in float. An 8-bit `out` is rounded half up.
+    """
+    f, tile, overlap = out.shape[-1] // width, max(tile, 32), 2 * MARGIN + RAMP
+    h, w = min(tile, height), min(tile, width)
+
+    def fade(start, length):  # (f length,): 0 ... 1 at the near end, 1 throughout where the picture begins
+        cells = (torch.arange(f * length, device=out.device) + 0.5) / f
+        return ((cells - MARGIN) / RAMP).clamp(0, 1) if start else torch.ones_like(cells)
+
+    for top in tile_layout(height, tile, overlap):
+        band, rows = torch.zeros(len(out), f * h, f * width, device=out.device), slice(f * top, f * (top + h))
+        for left in tile_layout(width, tile, overlap):
+            cols = slice(f * left, f * (left + w))
+            new = piece(top, left, h, w).to(out.device)
+            band[..., cols] = torch.lerp(band[..., cols], new, fade(left, w))
+        band = torch.lerp(out[:, rows].float(), band, fade(top, h)[:, None])
+        out[:, rows] = band if out.is_floating_point() else (band + 0.5).clamp(0, 255)
+    return out
+
+
+# ---------------------------------------------------------------- colour
+def shift_moments(x, mean, std, wanted_mean, wanted_std):
+    return ((x - mean) / (std + 1e-5) * (wanted_std + 1e-5) + wanted_mean).clamp(0, 1)
+
+
+def adain(image, reference):
+    """Give each channel of image (3, H, W) in [0, 1] the mean and deviation of the reference, of any size."""
+    moments = [torch.std_mean(x, dim=(1, 2), correction=min(1, x[0].numel() - 1), keepdim=True)[::-1]
+               for x in (image, reference)]
+    return shift_moments(image, *moments[0], *moments[1])
+
+
+def adain_picture(picture, reference):
+    """The same on 8-bit RGB pictures, without floats of their size: a table of 256 levels per channel."""
+    stats = [ImageStat.Stat(p) for p in (picture, reference)]
+    moments = [torch.tensor(m).view(3, 1) / 255 for stat in stats for m in (stat.mean, stat.stddev)]
+    levels = shift_moments((torch.arange(256) / 255).expand(3, 256), *moments)
+    return picture.point((levels * 255 + 0.5).int().flatten().tolist())
+
+
+def reflect(length, before, after):
+    """Indices of an axis of any length from 1, extended by mirroring."""
+    return np.pad(np.arange(length), (before, after), mode="reflect")
+
+
+def low_band(image, sigma=5.0, reach=20):
+    """Gaussian blur of (3, H, W), borders mirrored."""
+    kernel = torch.exp(-((torch.arange(-reach, reach + 1, device=image.device) / sigma) ** 2) / 2)
+    kernel = (kernel / kernel.sum()).expand(3, 1, 1, -1)
+    rows, cols = (torch.from_numpy(reflect(n, reach, reach)).to(image.device) for n in image.shape[1:])
+    image = F.conv2d(image[None, :, rows], kernel.mT, groups=3)
+    return F.conv2d(image[..., cols], kernel, groups=3)[0]
+
+
+def wavelet(image, reference):
+    """Exchange the low band of image (3, H, W) in [0, 1] for the reference's. The name is the authors'."""
+    if image.shape != reference.shape:
+        picture = Image.fromarray((reference * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+        picture = picture.resize(image.shape[:0:-1], Image.Resampling.LANCZOS)
+        reference = torch.from_numpy(np.array(picture)).to(image.device).permute(2, 0, 1) / 255
+    return (image + low_band(reference - image)).clamp(0, 1)
+
+
+# ---------------------------------------------------------------- one picture
+def split(image):
+    """PIL image of any mode -> upright RGB, alpha channel or None, whether it is grey. 16 bits become 8."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        levels = np.asarray(image)
+        if levels.min() < 0 or levels.max() > 65535:
+            raise ValueError("32-bit pixels of unknown range; 8 and 16 bits per channel work")
+        image = Image.fromarray((levels / 257 + 0.5).astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("floating-point pixels of unknown range; 8 and 16 bits per channel work")
+    grey = image.mode in ("1", "L", "LA", "La")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return image.convert("RGB"), image.getchannel("A"), grey
+    return image.convert("RGB"), None, grey
+
+
+def restore(enlarged, vosr, half, steps, seed, name, cfg_scale, alpha, tile, color, fidelity, posterior,
+            progress):
+    """RGB picture enlarged by bicubic -> restored RGB picture of that size; half: dtype of the DiT or None.
+
+    Pixels are kept as bytes and become floats tile by tile; latents are kept whole, each a third of the
+    picture's bytes with 16 channels. Raises FloatingPointError when a value is not finite.
+    """
+    device = next(vosr.parameters()).device
+    rows, cols = (reflect(n, 0, max(64, -(-n // GRID) * GRID) - n) for n in enlarged.size[::-1])
+    height, width = len(rows) // 8, len(cols) // 8                                          # of the latent
+    tile = tile // GRID * 2 or max(height, width)                                           # in cells, even
+    h, w = min(tile, height), min(tile, width)
+    places = list(itertools.product(tile_layout(height, h, h // 8), tile_layout(width, w, w // 8)))
+    generator, shape = keyed_generator("cpu", seed, name), (1, vosr.dit.channels, height, width)
+    noise = torch.randn(shape, generator=generator).to(device)
+    draw = torch.randn(shape, generator=generator).to(device) if posterior == "sample" else None
+
+    def crop(top, left, h, w):  # latent cells -> (1, 3, 8h, 8w) in [-1, 1]
+        y, x = rows[8 * top:8 * (top + h)], cols[8 * left:8 * (left + w)]
+        window = enlarged.crop((x.min(), y.min(), x.max() + 1, y.max() + 1))
+        window = torch.from_numpy(np.asarray(window)[np.ix_(y - y.min(), x - x.min())])
+        return window.permute(2, 0, 1)[None].to(device) / 127.5 - 1
+
+    def encode(top, left, h, w):  # -> (C, h, w)
+        part = None if draw is None else draw[..., top:top + h, left:left + w]
+        return vosr.encode(crop(top, left, h, w), part)[0]
+
+    def tokens(k):  # number of a tile -> (1, N, enc_dim)
+        with torch.autocast(device.type, half, enabled=half is not None):
+            return vosr.semantic_tokens(crop(*places[k], h, w)).float()
+
+    def net(z, t, c_str, c_sem, r=None):
+        with torch.autocast(device.type, half, enabled=half is not None):
+            v = vosr.velocity(z, t, c_str, c_sem, r if vosr.dit.cfg.auxiliary_time_cond else None)
+        bar.update(len(z))
+        return v
+
+    def finite(x):
+        if not x.isfinite().all():
+            raise FloatingPointError("the result is not finite")
+        return x
+
+    def paint(top, left, h, w):  # -> grey levels (3, 8h, 8w)
+        image = finite(vosr.decode(z[..., top:top + h, left:left + w]))[0] * 0.5 + 0.5
+        if color != "wavelet":
+            return 255 * image.clamp(0, 1)
+        return 255 * wavelet(image.clamp(0, 1), crop(top, left, h, w)[0] * 0.5 + 0.5)
+
+    c_str = assemble(encode, torch.zeros_like(noise[0]), height, width, tile)[None]
+    cfg_scale = None if vosr.one_step else cfg_scale
+    total = steps * len(places) * (1 if cfg_scale is None else 2)
+    with tqdm(total=total, disable=None if progress else True, leave=False) as bar:
+        if len(places) == 1:
+            field, c_sem = net, tokens(0)
+        else:  # a single step needs the tokens of a tile once, so they are not kept
+            field = tiled(net, places, h, w, cache(tokens) if steps > 1 else tokens,
+                          batch=4 if device.type == "cuda" else 1)
+            c_sem = noise.new_ones(1, 1, 1)
+        z = noise.mul_(vosr.tau * (1 - fidelity))
+        z = finite(euler(field, z, c_str, c_sem, time_grid(steps), alpha, cfg_scale))
+    canvas = torch.zeros(8 * height, 8 * width, 3, dtype=torch.uint8)
+    assemble(paint, canvas.permute(2, 0, 1), height, width, tile)
+    picture = Image.fromarray(canvas[:enlarged.height, :enlarged.width].contiguous().numpy())
+    return adain_picture(picture, enlarged) if color == "adain" else picture
+
+
+@torch.no_grad()
+def upscale(image, vosr, scale=4, steps=1, seed=42, name="image", cfg_scale=0.5, alpha=0.1, tile=512,
+            color="wavelet", fidelity=0.0, posterior="mode", size=None, progress=False):
+    """PIL image -> PIL image of round(scale * side) pixels, or of size = (width, height); any side from 1.
+
+    vosr comes from `load`; the options are those of the command line. (seed, name) decide the noise; sampling
+    starts from tau * (1 - fidelity) * noise, where tau is the model's own, and cfg_scale and alpha act in
+    multi-step models only (Eq. 2). Alpha is enlarged by bicubic, grey stays grey, the ICC profile is kept. A
+    result that is not finite is computed again in fp32, and after running out of memory with smaller tiles.
+    """
+    rgb, opacity, grey = split(image)
+    size = size or tuple(max(1, round(scale * side)) for side in rgb.size)
+    enlarged, half = rgb.resize(size, Image.Resampling.BICUBIC), vosr.half
+    while True:
+        try:
+            picture = restore(enlarged, vosr, half, steps, seed, name, cfg_scale, alpha, tile, color,
+                              fidelity, posterior, progress)
+            break
+        except FloatingPointError as reason:
+            if half is None:
+                raise
+            print(f"{name}: {reason} in {half}, computed again in fp32", file=sys.stderr)
+            half = None
+        except torch.OutOfMemoryError:
+            smaller = (tile or max(size)) // 2
+            if smaller < 128:
+                raise
+            print(f"{name}: out of memory with tile {tile}, computed again with {smaller}", file=sys.stderr)
+            tile = smaller
+    if grey:
+        picture = picture.convert("L")
+    if opacity:
+        picture.putalpha(opacity.resize(size, Image.Resampling.BICUBIC))
+    if "icc_profile" in image.info and image.mode != "CMYK":  # one of CMYK says nothing about RGB
+        picture.info["icc_profile"] = image.info["icc_profile"]
+    return picture
+
+
+# ---------------------------------------------------------------- models
+def choose_device(name):
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    there = [kind for kind, available in there.items() if available]
+    if name != "auto" and name.partition(":")[0] not in there:
+        raise ValueError(f"device {name!r} is not available here; {' and '.join(there)} would work")
+    return torch.device(there[0] if name == "auto" else name)
+
+
+def ready(vosr, args=None, dtype="auto", device="auto"):
+    """Put a bundle on its device, in eval mode, and note as attributes how it wants to be sampled.
+
+    args: the args.json of its DiT. one_step: a student, no guidance. tau: amplitude of its starting noise.
+    half: dtype of matrix products and attention in DiT and semantic encoder (autocast), None for fp32; the
+    autoencoder, the Euler state and the colour fix are always fp32.
+    """
+    args, device = args or {}, choose_device(device)
+    vosr.one_step = vosr.dit.cfg.auxiliary_time_cond or args.get("distill_type") == "onestep"
+    vosr.tau, vosr.defaults = args.get("tau", 1.0), ONE_STEP if vosr.one_step else MULTI_STEP
+    if dtype == "auto":
+        dtype = "fp32" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    vosr.half = HALF[dtype]
+    return vosr.eval().requires_grad_(False).to(device)
+
+
+def find_model(model, steps, weights):
+    """--model and --steps -> folder of the DiT, and its row of DEFAULTS or {} for the user's own folder."""
+    name = model if f"{model}-ms" not in DEFAULTS else f"{model}-os" if steps <= 4 else f"{model}-ms"
+    if name in DEFAULTS:
+        return Path(weights, DEFAULTS[name]["folder"]), DEFAULTS[name]
+    folder = Path(model)
+    last = folder / "last" if folder.is_dir() else folder  # of a training run: names its newest checkpoint
+    if last.name == "last" and last.is_file():
+        folder = last.parent / last.read_text().strip()
+    if not (folder / "args.json").is_file():
+        raise ValueError(f"unknown model {model!r}: {', '.join(FAMILIES)}, or with -ms or -os at the end, "
+                         "or a folder that holds args.json and weights")
+    return folder, {}
+
+
+def missing_files(folders, files):
+    """What loading would look for in vain. folders: {folder: (settings, where its weights usually are)}."""
+    missing = [path for path in files if not path.is_file()]
+    for folder, (settings, tensors) in folders.items():
+        missing += [folder / settings] * (not (folder / settings).is_file())
+        try:
+            find_weights(folder)
+        except ValueError:
+            missing.append(folder / tensors)
+    return missing
+
+
+def load(model="tiny", steps=1, weights="weights", dtype="auto", device="auto"):
+    """Family, network or folder -> VOSR, ready to sample. Raises ValueError that lists all missing files.
+
+    steps chooses between the two networks of a family. The run folder of a training works, too: its frozen
+    networks come from `weights`, but for the semantic encoder that a tiny run trains along.
+    """
+    folder, row = find_model(model, steps, weights)
+    args = read_json(folder / "args.json") if (folder / "args.json").is_file() else row
+    ae_type = row.get("ae_type") or args.get("ae_type")
+    if ae_type not in LATENT_CHANNELS:
+        raise ValueError(f"{folder}/args.json: ae_type {ae_type!r} is none of {', '.join(LATENT_CHANNELS)}")
+    vae, semantic = frozen_paths(ModelConfig(ae_type=ae_type), weights)
+    decoder = Path(weights, "sd21_lwdecoder.pth") if ae_type == "sd2" else None
+    ours = ae_type == "tiny"
+    if ours and not row and "semantic_encoder.mix.weight" in read_tensors(find_weights(folder)):
+        semantic = folder
+    files = [path for path in (semantic, decoder) if path and path.suffix == ".pth"]
+    folders = {} if semantic in files else {semantic: ("config.json", "model.safetensors")}
+    folders[vae] = "config.json", "model.safetensors" if ours else "diffusion_pytorch_model.safetensors"
+    folders[folder] = "args.json", "model.safetensors" if ours else "checkpoints/ema_model.safetensors"
+    if missing := missing_files(folders, files):
+        remedy = "part of the repository" if ours else "python tools/download.py fetches them"
+        raise ValueError(f"model {model} lacks {', '.join(map(str, missing))}: {remedy}, "
+                         "--weights names another folder")
+    dit = load_dit(folder)
+    vosr = VOSR(dit, load_vae(vae, decoder), load_semantic_encoder(semantic, dit.cfg))
+    vosr = ready(vosr, args, dtype, device)
+    if row:
+        vosr.defaults, vosr.one_step = row, vosr.one_step or row["steps"] == 1
+    return vosr
+
+
+# ---------------------------------------------------------------- command line
+def open_picture(path):
+    """Image file -> PIL image, upright and decoded. Raises ValueError with one line for anything else."""
+    if not path.exists():
+        raise ValueError(f"{path} does not exist")
+    try:
+        with Image.open(path) as picture:
+            return ImageOps.exif_transpose(picture)
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as reason:
+        raise ValueError(f"{path} is not an image that can be read: {reason}; PNG, JPEG, WebP work") from None
+
+
+def save(picture, path):
+    """Write a PNG, whole or not at all."""
+    hidden = path.with_name(f".{path.stem}.{os.getpid()}.png")
+    try:
+        picture.save(hidden, icc_profile=picture.info.get("icc_profile"))
+        os.replace(hidden, path)
+    finally:
+        hidden.unlink(missing_ok=True)
+
+
+def check(cfg):
+    """Wrong values end here, before anything is loaded."""
+    for name, known in (("color", ("wavelet", "adain", "none")), ("posterior", ("mode", "sample")),
+                        ("dtype", ("auto", *HALF))):
+        if getattr(cfg, name) not in known:
+            die(f"--{name} is one of {', '.join(known)}, got {getattr(cfg, name)!r}")
+    for name, low, high in (("steps", 0, 1000), ("scale", 1, 100), ("long", 0, 10**6), ("fidelity", 0, 1)):
+        if not low <= getattr(cfg, name) <= high:
+            die(f"--{name} lies between {low} and {high}, got {getattr(cfg, name):g}")
+    if cfg.tile != 0 and cfg.tile < 64:
+        die(f"--tile is at least 64 pixels, or 0 for no tiles; got {cfg.tile}")
+    if cfg.size and not re.fullmatch("[1-9][0-9]*x[1-9][0-9]*", cfg.size):
+        die(f"--size wants WIDTHxHEIGHT such as 1920x1080, got {cfg.size!r}")
+    if (cfg.scale != 4) + bool(cfg.size) + bool(cfg.long) > 1:
+        die("--scale, --size and --long exclude each other")
+    if Path(cfg.out).suffix.lower() in SUFFIXES or Path(cfg.out).is_file():
+        die(f"--out wants a folder, got {cfg.out}")
+    if not cfg.inputs:
+        die("no input: name pictures or folders, as in python sample.py input.png; --help lists the options")
+
+
+def plan(cfg):
+    """The call as a list of (source, target); clashes end it before work starts."""
+    ending = f"_{cfg.size}" if cfg.size else f"_long{cfg.long}" if cfg.long else f"_x{cfg.scale:g}"
+    jobs = {}  # absolute source -> (source, target): a file that is named twice is one job
+    for word in map(Path, cfg.inputs):
+        found = [word]
+        if word.is_dir():
+            found = sorted(p for p in word.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()
+                           and not any(part.startswith(".") for part in p.relative_to(word).parts))
+            if not found:
+                die(f"{word} holds no pictures ({', '.join(sorted(SUFFIXES))})")
+        for p in found:
+            inside = p.relative_to(word).parent if word.is_dir() else ""
+            folder = Path(cfg.out, inside) if cfg.out else p.parent
+            jobs.setdefault(p.absolute(), (p, folder / f"{p.stem}{ending}.png"))
+    targets = {target.absolute() for _, target in jobs.values()}
+    for path in jobs.keys() & targets:  # results of an earlier call that lie among the inputs
+        if cfg.overwrite and jobs[path][0] in map(Path, cfg.inputs):
+            die(f"{jobs[path][0]} is an input and would be overwritten; name another folder with -o")
+        del jobs[path]
+    made = {}
+    for source, target in jobs.values():
+        if made.setdefault(target.absolute(), source) != source:
+            die(f"{made[target.absolute()]} and {source} would both become {target}; rename one of them")
+    return list(jobs.values())
+
+
+def peak_memory(device):
+    """Largest memory in GB: of this picture on a GPU, of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    if sys.platform == "win32":  # has no resource module
+        return math.nan
+    import resource
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def run(source, target, vosr, cfg):
+    """One picture, from file to file; prints its line."""
+    start, device = time.perf_counter(), next(vosr.parameters()).device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    image = open_picture(source)
+    if cfg.long and cfg.long < max(image.size):
+        raise ValueError(f"{source} is {image.width}x{image.height}: --long {cfg.long} would shrink it")
+    picture = upscale(
+        image, vosr, scale=cfg.long / max(image.size) if cfg.long else cfg.scale,
+        size=tuple(map(int, cfg.size.split("x"))) if cfg.size else None, steps=cfg.steps, seed=cfg.seed,
+        name=source.name, cfg_scale=cfg.cfg_scale, alpha=cfg.alpha, tile=cfg.tile, color=cfg.color,
+        fidelity=cfg.fidelity, posterior=cfg.posterior, progress=True)
+    save(picture, target)
+    print(f"{source}  {image.width}x{image.height} -> {picture.width}x{picture.height}  "
+          f"{cfg.steps} step{'s' * (cfg.steps > 1)}  {time.perf_counter() - start:.2f} s  "
+          f"{peak_memory(device):.2f} GB  {target}", flush=True)
+
+
+def main():
+    cfg = cli(Config)
+    check(cfg)
+    jobs = plan(cfg)
+    todo = [(s, t) for s, t in jobs if cfg.overwrite or not (t.is_file() and t.stat().st_size)]
+    if len(todo) < len(jobs):
+        print(f"{len(jobs) - len(todo)} of {len(jobs)} outputs exist already; --overwrite makes them again")
+    if len(jobs) == 1 and todo and not todo[0][0].exists():
+        die(f"{todo[0][0]} does not exist")
+    for folder in {target.parent for source, target in todo if source.exists()}:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as reason:
+            die(f"{folder} cannot be made: {reason.strerror}")
+        if not os.access(folder, os.W_OK):
+            die(f"{folder} is not writable; name another folder with -o")
+    if not todo:
+        return
+    try:
+        vosr = load(cfg.model, cfg.steps, cfg.weights, cfg.dtype, cfg.device)
+    except ValueError as reason:
+        die(reason)
+    cfg.steps = cfg.steps or vosr.defaults["steps"]
+    if math.isnan(cfg.cfg_scale):
+        cfg.cfg_scale = vosr.defaults["cfg_scale"]
+    elif vosr.one_step:
+        print("--cfg_scale changes nothing: a one-step network has it built in; try --fidelity")
+    failed = []
+    for source, target in todo:
+        try:
+            run(source, target, vosr, cfg)
+        except (ValueError, OSError, FloatingPointError, MemoryError, torch.OutOfMemoryError) as reason:
+            reason = str(reason) if str(source) in str(reason) else f"{source}: {reason}"
+            if len(jobs) == 1:
+                die(reason)
+            print("error:", reason, file=sys.stderr)
+            failed.append(str(source))
+    if failed:
+        print(f"error: {len(failed)} of {len(jobs)} failed: {', '.join(failed)}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("error: interrupted; finished pictures are kept, the same command goes on", file=sys.stderr)
+        sys.exit(130)
