@@ -718,7 +718,7 @@ def read_config(cls, args, source):
     """Fields of a dataclass from a dict that may hold more."""
     if missing := {"dim", "depth", "num_heads"} - args.keys():
         raise ValueError(f"{source} has no {min(missing)}: not the args.json of a DiT")
-    if off := [name for name, value in args.items() if name.startswith("use_") and value is False]:
+    if off := [n for n in ("use_qknorm", "use_swiglu", "use_rope", "use_rmsnorm") if not args.get(n, True)]:
         raise ValueError(f"{source} switches {off[0]} off: no published network does, and this code cannot")
     kept = {f.name: args[f.name] for f in fields(cls) if f.name in args}
     return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in kept.items()})

@@ -398,7 +398,7 @@ def main():
         vosr = frozen(cfg, device)
         torch.manual_seed(cfg.seed)                                       # initial weights, alike on all ranks
         net = DiT(cfg)
-        if cfg.ae_type == "tiny":                                       # nothing to borrow: it learns along
+        if cfg.ae_type == "tiny":                                       # nothing to borrow, it learns too
             net.semantic_encoder = TinySemanticEncoder(cfg.enc_dim)
         if cfg.init:
             load_strict(net, read_tensors(find_weights(cfg.init)), find_weights(cfg.init))

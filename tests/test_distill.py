@@ -1,0 +1,102 @@
+"""Eq. 4-17 on a flow with a known solution: all pictures are zero, so v(z, t) = z / t and z_r = z_t r / t."""
+import pytest
+import torch
+
+from data import keyed_generator
+from distill import Config, base_loss, draw, edges, one_step, pixel_loss, rc_loss, shortcut_loss
+from model import DiT, ModelConfig
+from train import per_sample
+
+
+def exact(z_t, t, c_str, c_sem, r=None):
+    """Velocity and, as the path is a straight line, also the average velocity from t to any r."""
+    return z_t / per_sample(t)
+
+
+def problem(batch=6):
+    g = torch.Generator().manual_seed(0)
+    z0, c_str = torch.zeros(batch, 4, 8, 8), torch.randn(batch, 4, 8, 8, generator=g)
+    t = torch.tensor([1.0, 0.9, 0.7, 0.5, 0.305, 0.3])[:batch]
+    r = torch.tensor([0.0, 0.2, 0.69, 0.0, 0.3, 0.3])[:batch]                    # far, near and equal
+    noise = torch.randn(z0.shape, generator=g)
+    partial = torch.tensor([False, True, False, False, True, False])[:batch]
+    return dict(z0=z0, c_str=c_str, c_sem=torch.randn(batch, 5, 8, generator=g), t=t, r=r, noise=noise,
+                partial=partial)
+
+
+@pytest.mark.parametrize("loss_fn", [rc_loss, shortcut_loss])
+def test_the_exact_student_has_zero_loss(loss_fn):
+    loss, parts = loss_fn(exact, exact, **problem())
+    assert loss < 1e-6 and parts["v_loss"] < 1e-12
+
+
+@pytest.mark.parametrize("loss_fn", [rc_loss, shortcut_loss])
+def test_a_student_that_ignores_the_distance_is_punished(loss_fn):
+    """2 z / t is right nowhere; 1.5 z / t for r < t is right for the base loss alone."""
+    def wrong(z_t, t, c_str, c_sem, r):
+        return exact(z_t, t, c_str, c_sem) * per_sample(torch.where(r < t, 1.5, 1.0))
+
+    loss, parts = loss_fn(wrong, exact, **problem())
+    assert parts["v_loss"] < 1e-12 and loss > 0.01
+
+
+def test_one_step_of_the_exact_student_reaches_the_picture():
+    z1 = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert one_step(exact, z1, None, None).abs().max() < 1e-6
+
+
+def test_the_teacher_target_is_the_guided_velocity_of_equation_5():
+    def teacher(z_t, t, c_str, c_sem):
+        return c_str                                                            # v_cond = c, v_pcond = weak c
+
+    p = problem()
+    full, weak = (p["c_str"], p["c_sem"]), (0.1 * p["c_str"], 0 * p["c_sem"])
+    _, parts = base_loss(exact, teacher, p["noise"], p["t"], full, full, weak, omega=0.5, interval=(0.4, 1))
+    wanted = torch.where(per_sample(p["t"] >= 0.4), 0.55, 1.0) * p["c_str"]
+    assert torch.allclose(parts["v_guided"], wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss_fn", [rc_loss, shortcut_loss])
+def test_gradients_reach_the_student_and_not_the_teacher(loss_fn):
+    torch.manual_seed(0)
+    cfg = dict(dim=32, depth=1, num_heads=1, enc_dim=8, resolution=64, ae_type="sd2")
+    teacher, student = DiT(ModelConfig(**cfg)), DiT(ModelConfig(**cfg, auxiliary_time_cond=True))
+    for net in (teacher, student):
+        torch.nn.init.normal_(net.final_layer.linear.weight, std=0.1)
+    loss, _ = loss_fn(student, teacher, **problem())
+    loss.backward()
+    assert all(p.grad is None for p in teacher.parameters())
+    assert all(p.grad is not None for p in student.parameters())
+    assert student.r_embedder.mlp[2].weight.grad.abs().max() > 0
+
+
+def test_a_fresh_student_equals_its_teacher_where_r_is_t():
+    torch.manual_seed(0)
+    cfg = dict(dim=32, depth=1, num_heads=1, enc_dim=8, resolution=64, ae_type="sd2")
+    teacher, student = DiT(ModelConfig(**cfg)), DiT(ModelConfig(**cfg, auxiliary_time_cond=True))
+    torch.nn.init.normal_(teacher.final_layer.linear.weight, std=0.1)
+    student.load_state_dict(student.state_dict() | teacher.state_dict())
+    p = problem()
+    args = p["noise"], p["t"], p["c_str"], p["c_sem"]
+    assert torch.equal(teacher(*args), student(*args, r=p["t"]))
+    assert not torch.equal(teacher(*args), student(*args, r=0 * p["t"]))
+
+
+def test_times_follow_the_published_law_and_corners_sit_at_one_and_zero():
+    z0 = torch.zeros(40_000, 1, 1, 1)
+    drawn = draw(Config(), z0, keyed_generator("cpu", 0))
+    t, r = drawn["t"], drawn["r"]
+    assert abs(t.mean() - 2 / 3) < 0.01 and abs((r / t).mean() - 0.5) < 0.01
+    assert (r <= t).all()
+    drawn = draw(Config(corner=0.25), z0, keyed_generator("cpu", 0))
+    corner = (drawn["t"] == 1) & (drawn["r"] == 0)
+    assert abs(corner.float().mean() - 0.25) < 0.01
+
+
+def test_pixel_loss_counts_pixels_once_and_edges_half():
+    a = torch.zeros(1, 3, 4, 4)
+    b = a.clone()
+    b[..., 2:] = 1.0                                                            # one vertical edge of height 1
+    assert pixel_loss(a, a) == 0 and pixel_loss(a + 0.25, a) == 0.25
+    assert torch.isclose(pixel_loss(b, a), torch.tensor(0.5 + 0.5 * 1 / 3))
+    assert [e.shape[-2:] for e in edges(a)] == [(4, 3), (3, 4)]

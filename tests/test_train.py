@@ -1,0 +1,142 @@
+"""Eq. 1 on cases that can be solved on paper, and the run around it: ranks, resume, checkpoints."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from data import keyed_generator
+from model import DiT, ModelConfig
+from train import Config, draw, flow_loss
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--dim", "32", "--depth", "1", "--num_heads", "1", "--enc_dim", "8", "--resolution", "80",
+         "--lr_decay", "0", "--train_batch_size", "4", "--save_every", "3", "--log_every", "1",
+         "--device", "cpu"]
+
+
+def small_net():
+    torch.manual_seed(0)
+    return DiT(ModelConfig(dim=32, depth=2, num_heads=1, enc_dim=8, resolution=64, ae_type="sd2"))
+
+
+def random_batch(batch=4):
+    g = torch.Generator().manual_seed(0)
+    return (torch.randn(batch, 4, 8, 8, generator=g), torch.randn(batch, 4, 8, 8, generator=g),
+            torch.randn(batch, 5, 8, generator=g))
+
+
+def test_exact_velocity_has_zero_loss():
+    """With z0 = 0 the latent is z_t = t noise, so the exact velocity is z_t / t."""
+    z0, t = torch.zeros(4, 4, 8, 8), torch.tensor([0.1, 0.4, 0.7, 1.0])
+    noise = torch.randn(z0.shape, generator=torch.Generator().manual_seed(0))
+    loss = flow_loss(lambda z_t, t, *_: z_t / t.view(-1, 1, 1, 1), z0, z0, torch.zeros(4, 5, 8),
+                     t, noise, partial=t > 0.5, alpha=t)
+    assert loss < 1e-12
+
+
+def test_partial_samples_see_weak_structure_and_no_semantics_and_full_samples_see_all():
+    z0, c_str, c_sem = random_batch()
+    seen = {}
+
+    def net(z_t, t, c_str, c_sem):
+        seen.update(c_str=c_str, c_sem=c_sem)
+        return z_t
+
+    partial, alpha = torch.tensor([True, False, True, False]), torch.tensor([0.1, 0.2, 0.25, 0.05])
+    flow_loss(net, z0, c_str, c_sem, torch.full((4,), 0.5), z0, partial, alpha)
+    for b in range(4):
+        assert torch.equal(seen["c_str"][b], alpha[b] * c_str[b] if partial[b] else c_str[b])
+        assert torch.equal(seen["c_sem"][b], torch.zeros_like(c_sem[b]) if partial[b] else c_sem[b])
+
+
+def test_one_batch_overfits_to_near_zero_loss():
+    net, (z0, c_str, c_sem) = small_net(), random_batch()
+    drawn = draw(Config(), z0, torch.Generator().manual_seed(1))
+    opt = torch.optim.AdamW(net.parameters(), lr=3e-3)
+    first = flow_loss(net, z0, c_str, c_sem, **drawn).item()
+    for _ in range(250):
+        loss = flow_loss(net, z0, c_str, c_sem, **drawn)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+    assert first > 1.5 and loss < 0.02
+
+
+def test_draws_follow_the_published_laws():
+    z0 = torch.zeros(20_000, 1, 1, 1)
+    drawn = draw(Config(), z0, torch.Generator().manual_seed(0))
+    assert abs(drawn["t"].mean() - 0.5) < 0.01 and drawn["t"].min() >= 0 and drawn["t"].max() < 1
+    assert abs(drawn["partial"].float().mean() - 0.1) < 0.01
+    assert drawn["alpha"].min() >= 0.05 and drawn["alpha"].max() <= 0.25
+    assert drawn["alpha"].unique().numel() > 9_000                              # per sample, not per batch
+    assert abs(drawn["strength"].median() - 0.9933) < 0.001
+
+
+def test_two_ranks_share_the_crops_of_one_process_and_draw_their_own_random_numbers():
+    cfg = Config(resolution=80, train_batch_size=4, max_train_steps=2, cache=0)
+
+    def first(rank, world):
+        return next(train.batches(cfg, lambda hr, lr: (hr, lr), 0, rank, world, torch.device("cpu")))
+
+    whole, left, right = first(0, 1), first(0, 2), first(1, 2)
+    assert torch.equal(torch.cat([left[0], right[0]]), whole[0])                # crops: no overlap, none lost
+    assert not torch.equal(left[0], right[0]) and not torch.equal(left[1], right[1])
+    z0 = torch.zeros(2, 4, 4, 4)
+    a, b = (draw(cfg, z0, keyed_generator("cpu", cfg.seed, 0, 0, rank)) for rank in (0, 1))
+    assert all(not torch.equal(a[key], b[key]) for key in ("t", "noise", "alpha", "strength", "struct_noise"))
+
+
+def test_learning_rate_is_constant_and_then_a_cosine_to_zero():
+    cfg = Config(learning_rate=1.0, lr_decay=0.5, max_train_steps=100)
+    assert train.rate(cfg, 0) == train.rate(cfg, 50) == 1.0
+    assert abs(train.rate(cfg, 75) - 0.5) < 1e-9 and train.rate(cfg, 99) < 0.01
+    assert train.rate(Config(learning_rate=1.0, lr_decay=0.0), 999) == 1.0
+
+
+def start(out, steps, *more, ranks=1, code=0):
+    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=29587"]
+    words = ["train.py", *SMALL, "--out", out, "--max_train_steps", steps, *more]
+    done = subprocess.run([sys.executable, *(torchrun if ranks > 1 else []), *words], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == code, done.stderr[-2000:]
+    return done
+
+
+def final(out):
+    name = (out / "last").read_text().strip()
+    return load_file(out / name / "model.safetensors"), load_file(out / name / "ema_model.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", ["0", "8"])
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, cache):
+    start(tmp_path / "a", "6", "--cache", cache)
+    start(tmp_path / "b", "3", "--cache", cache)
+    assert "resumed at step 3" in start(tmp_path / "b", "6", "--cache", cache).stdout
+    for a, b in zip(final(tmp_path / "a"), final(tmp_path / "b"), strict=True):
+        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    a, b = ([{k: v for k, v in json.loads(line).items() if k != "images_per_s"}
+             for line in (tmp_path / out / "log.jsonl").read_text().splitlines()] for out in "ab")
+    assert a == b and len(a) == 6
+
+
+@pytest.mark.slow
+def test_torchrun_trains_on_two_ranks_and_leaves_a_complete_run_folder(tmp_path):
+    start(tmp_path / "run", "3", "--cache", "0", ranks=2)
+    names = {p.name for p in (tmp_path / "run").iterdir()}
+    assert {"args.json", "log.jsonl", "loss.png", "previews", "last", "step-00000003"} <= names
+    assert {p.name for p in (tmp_path / "run" / "step-00000003").iterdir()} == {
+        "model.safetensors", "ema_model.safetensors", "args.json", "state.pt"}
+    assert not [n for n in names if n.startswith(".")]
+
+
+@pytest.mark.slow
+def test_resuming_with_another_network_names_both_values(tmp_path):
+    start(tmp_path / "run", "3", "--cache", "0")
+    error = start(tmp_path / "run", "6", "--cache", "0", "--depth", "2", code=2).stderr
+    assert "--depth 1" in error and "has 2" in error and error.count("\n") == 1
