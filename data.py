@@ -476,10 +476,12 @@ def degrade(hr, generator, kind="full", enlarged=True, scale=4):
     lr = torch.empty(B, 3, *((H, W) if enlarged else (H // scale, W // scale)), device=hr.device)
     threads = torch.get_num_threads()  # one sample is too little work to share: several threads are slower
     torch.set_num_threads(threads if hr.is_cuda else 1)
-    with torch.autocast(hr.device.type, enabled=False):
-        for members in (order[i : i + chunk] for i in range(0, B, chunk)):
-            lr[members] = degrade_with(hr[members], [draws[b] for b in members], randn, poisson, enlarged)
-    torch.set_num_threads(threads)
+    try:
+        with torch.autocast(hr.device.type, enabled=False):
+            for members in (order[i : i + chunk] for i in range(0, B, chunk)):
+                lr[members] = degrade_with(hr[members], [draws[b] for b in members], randn, poisson, enlarged)
+    finally:
+        torch.set_num_threads(threads)
     return lr
 
 

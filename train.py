@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from config import cli, die, show
-from data import crop, degrade, keyed_generator, open_source, write_image
+from data import crop, degrade, describe, keyed_generator, open_source, write_image
 from model import (
     VOSR,
     DiT,
@@ -174,7 +174,10 @@ def batches(cfg, prepare, start, rank, world, device):
     tensors.
     """
     local = cfg.train_batch_size // world
-    crops = Crops(open_source(cfg.data), cfg)
+    source = open_source(cfg.data)
+    crops = Crops(source, cfg)
+    if rank == 0:
+        print(describe(source), flush=True)
 
     def load(numbers):
         """Micro-batches with these numbers; the numbers of the crops in them follow from rank and number."""
@@ -396,12 +399,14 @@ def main():
     device = place(cfg.device)[-1]
     try:
         vosr = frozen(cfg, device)
-        torch.manual_seed(cfg.seed)                                       # initial weights, alike on all ranks
+        torch.manual_seed(cfg.seed)                                     # initial weights, alike on all ranks
         net = DiT(cfg)
-        if cfg.ae_type == "tiny":                                       # nothing to borrow, it learns too
+        if cfg.ae_type == "tiny":                                       # it learns along
             net.semantic_encoder = TinySemanticEncoder(cfg.enc_dim)
         if cfg.init:
-            load_strict(net, read_tensors(find_weights(cfg.init)), find_weights(cfg.init))
+            start = {n: v for n, v in read_tensors(find_weights(cfg.init)).items() if "feat_rope." not in n}
+            load_strict(net, start, find_weights(cfg.init))      # its rotary tables may be of another size
+        hr, lr = preview_pairs(cfg, device)
     except ValueError as error:
         die(error)
 
@@ -416,8 +421,6 @@ def main():
     def loss_fn(net, batch, generator):
         z0, c_str, c_sem = batch
         return flow_loss(net, z0, c_str, tokens(net, c_sem), **draw(cfg, z0, generator))
-
-    hr, lr = preview_pairs(cfg, device)
 
     def preview(net):
         """Rows: LR, what the network believes at t = 1 and at t = 0.5 (z_t - t v), HR."""

@@ -27,7 +27,8 @@ class Config:
 
 
 PRESETS = {"small": {}, "large": {"dim": 7, "rate": 0.1}}
-SCRIPTS = {train: [train.PRESETS], distill: distill.PRESETS.values(), data: [{}], sample: [{}], evaluate: [{}]}
+SCRIPTS = {train: [train.PRESETS], distill: distill.PRESETS.values(), data: [{}], sample: [{}],
+           evaluate: [{}]}
 
 
 def test_typed_options_beat_the_preset_which_beats_the_default():
@@ -37,7 +38,7 @@ def test_typed_options_beat_the_preset_which_beats_the_default():
 
 
 def test_values_take_the_type_of_their_default():
-    typed = "--fast --alpha 0,1 --from x --rate -2 a.png -- -b.png".split()
+    typed = ["--fast", "--alpha", "0,1", "--from", "x", "--rate", "-2", "a.png", "--", "-b.png"]
     wanted = Config(fast=True, alpha=(0.0, 1.0), from_="x", rate=-2.0, inputs=("a.png", "-b.png"))
     assert cli(Config, PRESETS, typed) == wanted
 

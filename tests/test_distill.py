@@ -32,7 +32,7 @@ def test_the_exact_student_has_zero_loss(loss_fn):
 
 @pytest.mark.parametrize("loss_fn", [rc_loss, shortcut_loss])
 def test_a_student_that_ignores_the_distance_is_punished(loss_fn):
-    """2 z / t is right nowhere; 1.5 z / t for r < t is right for the base loss alone."""
+    """1.5 z / t for r < t is right for the base loss alone."""
     def wrong(z_t, t, c_str, c_sem, r):
         return exact(z_t, t, c_str, c_sem) * per_sample(torch.where(r < t, 1.5, 1.0))
 
@@ -96,7 +96,7 @@ def test_times_follow_the_published_law_and_corners_sit_at_one_and_zero():
 def test_pixel_loss_counts_pixels_once_and_edges_half():
     a = torch.zeros(1, 3, 4, 4)
     b = a.clone()
-    b[..., 2:] = 1.0                                                            # one vertical edge of height 1
+    b[..., 2:] = 1.0                                                            # one vertical edge, height 1
     assert pixel_loss(a, a) == 0 and pixel_loss(a + 0.25, a) == 0.25
     assert torch.isclose(pixel_loss(b, a), torch.tensor(0.5 + 0.5 * 1 / 3))
     assert [e.shape[-2:] for e in edges(a)] == [(4, 3), (3, 4)]

@@ -48,7 +48,7 @@ def test_a_file_stays_within_its_budget(path):
     assert lines <= limit, f"{lines} lines, planned for {limit}"
 
 
-@pytest.mark.parametrize("name", sorted(set(ABOVE) - {"model"}))     # its initial weights follow torch.manual_seed
+@pytest.mark.parametrize("name", sorted(set(ABOVE) - {"model"}))  # initial weights follow torch.manual_seed
 def test_random_numbers_come_from_a_generator_or_an_argument(name):
     source = (ROOT / f"{name}.py").read_text()
     assert not re.findall(r"np\.random\.(?!default_rng)\w+|(?<![\w.])random\.(?!Random)\w+\(", source)
