@@ -7,7 +7,7 @@
 
 Loop, checkpoints and data are train.py's; here is only what is new. The same command again resumes.
 """
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,13 +28,13 @@ from model import (
     partial_condition,
     read_tensors,
 )
-from train import export, frozen, mix_conditions, per_sample, place, preview_pairs, run
+from train import export, frozen, mix_conditions, per_sample, place, preview_pairs, run, settings
 
 LARGE = train.LARGE | dict(resolution=512, train_batch_size=32, learning_rate=2e-5, max_train_steps=50_000,
                            save_every=5_000)  # Table 5
 DISTILL = {
     "tiny": train.PRESETS["tiny"] | dict(
-        learning_rate=4e-4, max_train_steps=300, delta=0.02, corner=0.25, omega=1.0, ema_decay=0.99),
+        learning_rate=4e-4, max_train_steps=200, delta=0.02, corner=0.25, omega=1.0, ema_decay=0.99),
     "0.5B": train.SIZE_05B | LARGE,
     "1.4B": train.SIZE_14B | LARGE,
 }
@@ -42,10 +42,10 @@ PRESETS = {  # per method
     "rc": DISTILL,
     "shortcut": DISTILL,
     "autoencoder": {"tiny": train.PRESETS["tiny"] | dict(
-        resolution=64, train_batch_size=32, learning_rate=2e-3, max_train_steps=500, lr_decay=1.0, cache=0,
+        resolution=64, train_batch_size=32, learning_rate=2e-3, max_train_steps=300, lr_decay=1.0, cache=2048,
         ema_decay=0.98, weight_decay=0.0, adam_beta2=0.99)},
     "decoder": {"tiny": train.PRESETS["tiny"] | dict(
-        train_batch_size=8, learning_rate=6e-4, max_train_steps=200, lr_decay=1.0, ema_decay=0.98,
+        train_batch_size=8, learning_rate=6e-4, max_train_steps=100, lr_decay=1.0, ema_decay=0.98,
         weight_decay=0.0, adam_beta2=0.99)},
 }
 
@@ -205,7 +205,7 @@ def distil(cfg, device):
         return torch.stack([lr, vosr.decode(one_step(net, cfg.tau * noise, c_str, c_sem)), hr])
 
     ema = run(cfg, student, loss_fn, prepare, preview)
-    return {"os": (ema, asdict(cfg), "args.json")}
+    return {"os": (ema, settings(cfg), "args.json")}
 
 
 # ---------------------------------------------------------------- autoencoders

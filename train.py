@@ -70,7 +70,7 @@ class Config(ModelConfig):
     num_workers: int = 0  # processes that read photos; 0 = in the training process
     train_batch_size: int = 16  # images over all ranks, per micro-batch
     gradient_accumulation_steps: int = 1  # micro-batches per optimizer step
-    max_train_steps: int = 1_000  # optimizer steps
+    max_train_steps: int = 600  # optimizer steps
     learning_rate: float = 1e-3  # AdamW, no warm-up (Table 5: 1e-4 at 256 px, 5e-5 at 512 px)
     lr_decay: float = 0.4  # last share of the run, in which the rate falls to 0; 0 = constant (Table 5)
     adam_beta2: float = 0.95  # beta1 is 0.9 (Table 5)
@@ -224,6 +224,12 @@ def write_text(path, text):
     os.replace(hidden, path)
 
 
+def settings(cfg):
+    """Content of args.json: the settings, and what is fixed here but an option of the official code."""
+    fixed = dict(use_qknorm=True, use_swiglu=True, use_rope=True, use_rmsnorm=True, wo_shift=False)
+    return asdict(cfg) | fixed
+
+
 def tensors_of(net, dtype=None):
     return {name: value.detach().to("cpu", dtype).contiguous() for name, value in net.state_dict().items()}
 
@@ -234,7 +240,7 @@ def save(cfg, done, net, ema, opt):
     write_folder(out / f"step-{done:08d}", {
         "model.safetensors": lambda path: save_file(tensors_of(net), path),
         "ema_model.safetensors": lambda path: save_file(tensors_of(ema), path),
-        "args.json": lambda path: path.write_text(json.dumps(asdict(cfg), indent=1)),
+        "args.json": lambda path: path.write_text(json.dumps(settings(cfg), indent=1)),
         "state.pt": lambda path: torch.save({"step": done, "optimizer": opt.state_dict()}, path)})
     write_text(out / "last", f"step-{done:08d}\n")
     for old in sorted(out.glob("step-*"))[:-2]:
@@ -323,7 +329,7 @@ def run(cfg, net, loss_fn, prepare, preview):
         print(f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters, {world} x {device}"
               + (f", resumed at step {start}" if start else ""))
         write_text(log_path, "".join(json.dumps(row) + "\n" for row in log))
-        write_text(Path(cfg.out, "args.json"), json.dumps(asdict(cfg), indent=1))
+        write_text(Path(cfg.out, "args.json"), json.dumps(settings(cfg), indent=1))
     if cfg.compile:
         for block in getattr(net, "blocks", [net]):
             block.compile()
@@ -438,7 +444,7 @@ def main():
         if cfg.ae_type == "tiny":
             export(Path(cfg.export, "semantic"), ema, {"enc_dim": cfg.enc_dim}, select="semantic_encoder.")
             del ema.semantic_encoder
-        export(Path(cfg.export, "ms"), ema, asdict(cfg), "args.json")
+        export(Path(cfg.export, "ms"), ema, settings(cfg), "args.json")
 
 
 if __name__ == "__main__":
