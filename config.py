@@ -16,6 +16,20 @@ def die(message):
     sys.exit(2)
 
 
+def launch(work):
+    """Run a script: wrong input is one line and exit code 2, a diverged loss 1, Ctrl-C 130."""
+    try:
+        work()
+    except ValueError as error:
+        die(str(error).strip().splitlines()[-1])
+    except FloatingPointError as error:
+        print("error:", error, file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("error: interrupted; the same command goes on from what is finished", file=sys.stderr)
+        sys.exit(130)
+
+
 def cli(Config, presets=None, argv=None):
     """Fill Config: its defaults, then --preset NAME, then each option given; other words go to `inputs`.
 

@@ -14,6 +14,7 @@ import itertools
 import math
 import os
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,15 +106,30 @@ def to_pillow(image):
     return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
 
 
-def write_image(path, image):
-    """Write (3, H, W) float in [0, 1]; the extension decides the format. A reader never sees half a file."""
+def write_whole(path, write):
+    """write(hidden) makes a file or folder beside `path` under a hidden name; flushed, then renamed.
+
+    So a reader never sees half of it, and what was there stays until the new one is complete.
+    """
     path = Path(path)
     hidden = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
-        to_pillow(image).save(hidden)
+        write(hidden)
+        for part in hidden.iterdir() if hidden.is_dir() else [hidden]:
+            with open(part, "rb+") as file:
+                os.fsync(file.fileno())
+        if path.is_dir():
+            shutil.rmtree(path)
         os.replace(hidden, path)
     finally:
+        if hidden.is_dir():
+            shutil.rmtree(hidden)
         hidden.unlink(missing_ok=True)
+
+
+def write_image(path, image):
+    """Write (3, H, W) float in [0, 1]; the extension decides the format."""
+    write_whole(path, to_pillow(image).save)
 
 
 def enlarge(image, height, width):
@@ -609,6 +625,16 @@ def crop(source, index, resolution, seed):
         return image[:, top : top + resolution, left : left + resolution].contiguous()
     raise ValueError(f"{source.spec}: {len(source.small)} pictures are smaller than {resolution} px, "
                      f"{len(source.bad)} cannot be read, none is left; lower --resolution")
+
+
+class Crops(torch.utils.data.Dataset):
+    """The crops of a run as numbered samples: a resumed run goes on with the next number."""
+
+    def __init__(self, source, resolution, seed):
+        self.source, self.resolution, self.seed = source, resolution, seed
+
+    def __getitem__(self, index):
+        return crop(self.source, index, self.resolution, self.seed)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -7,17 +7,18 @@
 
 Loop, checkpoints and data are train.py's; here is only what is new. The same command again resumes.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 import train
-from config import cli, die
+from config import cli, die, launch
 from data import keyed_generator
 from model import (
     DiT,
+    ModelConfig,
     TinyAutoencoder,
     both_branches,
     find_weights,
@@ -25,10 +26,13 @@ from model import (
     load_dit,
     load_semantic_encoder,
     load_vae,
+    model_folder,
     partial_condition,
+    read_json,
     read_tensors,
+    settings,
 )
-from train import export, frozen, mix_conditions, per_sample, place, preview_pairs, run, settings
+from train import check, export, frozen, mix_conditions, per_sample, place, preview_pairs, run
 
 LARGE = train.LARGE | dict(resolution=512, train_batch_size=32, learning_rate=2e-5, max_train_steps=50_000,
                            save_every=5_000)  # Table 5
@@ -55,7 +59,7 @@ class Config(train.Config):
     method: str = "rc"  # rc, shortcut, autoencoder or decoder
     teacher: str = ""  # folder of the multi-step network (for decoder: of the student); default: the family's
     omega: float = 0.5  # guidance weight of the teacher target (Eq. 5)
-    distill_alpha: float = 0.1  # structural retention of the teacher's partial branch
+    alpha: tuple = (0.1, 0.1)  # range of the structural retention; fixed in the published distillation
     u_weight: float = 1.0  # weight of the consistency loss (A.1)
     delta: float = 0.01  # Delta t of the warm start (Eq. 13); the paper gives no value
     rollout: int = 2  # sub-steps of the rollout (Eq. 14); the paper gives no value
@@ -65,14 +69,14 @@ class Config(train.Config):
 
 
 # ---------------------------------------------------------------- teacher target and base loss
-def base_loss(student, teacher, z_t, t, kappa, full, partial, omega, interval=(0, 1)):
+def base_loss(student, teacher, z_t, t, kappa, full, weak, omega, interval=(0, 1)):
     """Base objective, Eq. 4 and 6, on the guided teacher velocity v_g of Eq. 5.
 
-    kappa: the condition (c_str, c_sem) that the student sees; full, partial: the teacher's two. The guidance
+    kappa: the condition (c_str, c_sem) that the student sees; full, weak: the teacher's two. The guidance
     weight is omega for t inside the interval, 1 outside. Returns the loss and a dict of intermediates.
     """
     with torch.no_grad():
-        v_cond, v_pcond = both_branches(teacher, z_t, t, full, partial)
+        v_cond, v_pcond = both_branches(teacher, z_t, t, full, weak)
         inside = (t >= interval[0]) & (t <= interval[1])
         v_guided = v_pcond + per_sample(torch.where(inside, omega, 1.0)) * (v_cond - v_pcond)      # Eq. 5
     v_pred = student(z_t, t, *kappa, r=t).float()
@@ -82,7 +86,7 @@ def base_loss(student, teacher, z_t, t, kappa, full, partial, omega, interval=(0
 
 def conditions(z0, c_str, c_sem, t, noise, partial, strength, struct_noise, alpha):
     """z_t, the student's kappa, and the teacher's full and partial conditions."""
-    t_ = per_sample(t)
+    t_, alpha = per_sample(t), per_sample(alpha)
     z_t = (1 - t_) * z0 + t_ * noise
     *kappa, noisy = mix_conditions(c_str, c_sem, partial, alpha, per_sample(strength), struct_noise)
     return z_t, kappa, (noisy, c_sem), partial_condition(c_str, c_sem, alpha)
@@ -149,7 +153,6 @@ def rc_loss(student, teacher, z0, c_str, c_sem, t, r, noise, partial, strength=1
 def draw(cfg, z0, generator):
     """Random inputs of both losses: t the larger of two uniforms, r uniform in [0, t]; else as train.py."""
     drawn = train.draw(cfg, z0, generator)
-    del drawn["alpha"]                                                          # fixed in distillation
     u = torch.rand(4, len(z0), generator=generator, device=z0.device)
     t = torch.maximum(u[0], u[1])
     corner = u[3] < cfg.corner
@@ -162,29 +165,38 @@ def one_step(student, z1, c_str, c_sem):
     return z1 - student(z1, ones, c_str, c_sem, r=0 * ones).float()
 
 
-def load_student_parts(cfg, device, path):
-    """Frozen bundle around the DiT of `path`; for tiny with the semantic encoder that it learned with."""
+def load_around(cfg, device, path, one_step):
+    """Frozen bundle around the DiT of `path`; for tiny with the semantic encoder that it learned with.
+
+    The shape of this run's network becomes that of the DiT. Raises ValueError for one of the other kind.
+    """
     vosr = frozen(cfg, device)
     vosr.dit = load_dit(path).to(device).eval().requires_grad_(False)
+    if vosr.dit.cfg.auxiliary_time_cond != one_step:
+        is_, wanted = ("multi", "one")[:: 1 if one_step else -1]
+        raise ValueError(f"{path} is a {is_}-step network, --method {cfg.method} wants a {wanted}-step one")
+    for field in fields(ModelConfig):
+        mine, theirs = getattr(cfg, field.name), getattr(vosr.dit.cfg, field.name)
+        if field.name != "auxiliary_time_cond" and mine != theirs:
+            raise ValueError(f"{path} has {field.name} {theirs}, this run {mine}: choose its --preset, "
+                             f"or give --{field.name}")
     if cfg.ae_type == "tiny":
         beside = any(name.startswith("semantic_encoder.") for name in read_tensors(find_weights(path)))
-        semantic = load_semantic_encoder(path if beside else frozen_paths(cfg, cfg.weights)[1], vosr.dit.cfg)
+        semantic = load_semantic_encoder(path if beside else frozen_paths(cfg, cfg.weights)[1], cfg)
         vosr.semantic_encoder = semantic.to(device).eval().requires_grad_(False)
-    for name in ("dim", "depth", "num_heads", "enc_dim", "ae_type", "resolution"):
-        if getattr(vosr.dit.cfg, name) != getattr(cfg, name):
-            raise ValueError(f"{path} has {name} {getattr(vosr.dit.cfg, name)}, this run has "
-                             f"{getattr(cfg, name)}: choose its --preset, or give --{name}")
+    cfg.auxiliary_time_cond = True                                              # what this run makes or uses
     return vosr
 
 
 def distil(cfg, device):
     """Teacher -> one-step student by rc or shortcut; autoencoder and semantic encoder stay as they are."""
     family = {"tiny": "tiny/ms", "sd2": "VOSR_0.5B_ms", "qwen": "VOSR_1.4B_ms"}[cfg.ae_type]
-    vosr = load_student_parts(cfg, device, cfg.teacher or Path(cfg.weights, family))
-    cfg.auxiliary_time_cond = True
+    vosr = load_around(cfg, device, cfg.teacher or Path(cfg.weights, family), one_step=False)
     torch.manual_seed(cfg.seed)                                             # the embedder of r starts random
     student = DiT(cfg)
-    student.load_state_dict(student.state_dict() | vosr.dit.state_dict())       # all else is the teacher's
+    student.load_state_dict(student.state_dict() | vosr.dit.state_dict())   # all else is the teacher's
+    if cfg.ae_type == "tiny":                                               # frozen, kept in the checkpoints
+        student.semantic_encoder = vosr.semantic_encoder
     consistency = {"rc": rc_loss, "shortcut": shortcut_loss}[cfg.method]
 
     @torch.no_grad()
@@ -193,8 +205,8 @@ def distil(cfg, device):
         return z0, c_str, vosr.semantic_tokens(lr)
 
     def loss_fn(net, batch, generator):
-        return consistency(net, vosr.dit, *batch, **draw(cfg, batch[0], generator), alpha=cfg.distill_alpha,
-                           omega=cfg.omega, u_weight=cfg.u_weight, delta=cfg.delta, rollout=cfg.rollout)[0]
+        return consistency(net, vosr.dit, *batch, **draw(cfg, batch[0], generator), omega=cfg.omega,
+                           u_weight=cfg.u_weight, delta=cfg.delta, rollout=cfg.rollout)[0]
 
     hr, lr = preview_pairs(cfg, device)
 
@@ -205,7 +217,9 @@ def distil(cfg, device):
         return torch.stack([lr, vosr.decode(one_step(net, cfg.tau * noise, c_str, c_sem)), hr])
 
     ema = run(cfg, student, loss_fn, prepare, preview)
-    return {"os": (ema, settings(cfg), "args.json")}
+    if cfg.ae_type == "tiny":
+        del ema.semantic_encoder                                            # the family has it already
+    return "os", ema, settings(cfg), "args.json"
 
 
 # ---------------------------------------------------------------- autoencoders
@@ -228,7 +242,7 @@ def autoencoder(cfg, device):
     torch.manual_seed(cfg.seed)
 
     def loss_fn(vae, batch, generator):
-        z = vae.encoder(batch[0])                                               # (B, 16, h, w), raw scale
+        z = vae.encoder(batch[0]).float()                                       # (B, 16, h, w), raw scale
         with torch.no_grad():                                               # running statistics of the latent
             vae.latents_mean.lerp_(z.mean((0, 2, 3), keepdim=True), 0.02)
             vae.latents_std.lerp_(z.std((0, 2, 3), keepdim=True), 0.02)
@@ -242,7 +256,7 @@ def autoencoder(cfg, device):
     hr, _ = preview_pairs(cfg, device)
     vae = TinyAutoencoder().to(memory_format=torch.channels_last)               # 1.3 times faster on a CPU
     ema = run(cfg, vae, loss_fn, prepare, lambda vae: torch.stack([hr, vae.decode(vae.encode(hr))]))
-    return {"vae": (ema, {"latent_channels": 16, "widths": [64, 96]}, "config.json")}
+    return "vae", ema, {"latent_channels": 16, "widths": [64, 96]}, "config.json"
 
 
 def decoder(cfg, device):
@@ -250,9 +264,9 @@ def decoder(cfg, device):
 
     Encoder, semantic encoder and student are frozen; the loss is pixel_loss and nothing else.
     """
-    family = {"tiny": "tiny/os"}[cfg.ae_type]
-    cfg.auxiliary_time_cond = True
-    vosr = load_student_parts(cfg, device, cfg.teacher or Path(cfg.weights, family))
+    student = cfg.teacher or Path(cfg.weights, "tiny/os")
+    vosr = load_around(cfg, device, student, one_step=True)
+    cfg.tau = read_json(model_folder(student) / "args.json").get("tau", 1.0)    # the noise it is used with
     vae = load_vae(frozen_paths(cfg, cfg.weights)[0])
     vae.encoder.requires_grad_(False)
 
@@ -277,7 +291,7 @@ def decoder(cfg, device):
         return torch.stack([lr, vosr.decode(z0), vae.decode(z0), hr])
 
     ema = run(cfg, vae, loss_fn, prepare, preview)
-    return {"vae": (ema, {"latent_channels": 16, "widths": [64, 96]}, "config.json")}
+    return "vae", ema, {"latent_channels": 16, "widths": [64, 96]}, "config.json"
 
 
 def main():
@@ -287,15 +301,12 @@ def main():
         die(f"unknown method {method!r}, choose one of: {', '.join(methods)}")
     cfg = cli(Config, PRESETS[method])
     cfg.out = cfg.out or f"out/{cfg.preset}-{cfg.method}"
+    check(cfg)
     rank, _, device = place(cfg.device)
-    try:
-        finished = methods[method](cfg, device)
-    except ValueError as error:
-        die(error)
+    part, net, config, name = methods[method](cfg, device)
     if cfg.export and rank == 0:
-        for part, (net, config, name) in finished.items():
-            export(Path(cfg.export, part), net, config, name)
+        export(Path(cfg.export, part), net, config, name)
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

@@ -7,7 +7,7 @@ of the published files. One class per network: a size is data.
 import json
 import math
 from collections import OrderedDict
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
@@ -237,10 +237,11 @@ class DiT(nn.Module):
             raise ValueError(f"latent sides must be multiples of {p}, got {tuple(z_t.shape[-2:])}")
         if (r is not None) != self.cfg.auxiliary_time_cond:
             raise ValueError("a one-step network needs the target time r, a multi-step network has none")
-        c = self.t_embedder(t)                                                        # (B, D)
-        if r is not None:
-            c = c + self.r_embedder(r) * (t - r)[:, None].to(c.dtype)                 # vanishes at r = t
-        time = self.t_block(c).unflatten(-1, (6, -1))                                 # (B, 6, D), all blocks
+        with torch.autocast(z_t.device.type, enabled=False):                          # time stays float32
+            c = self.t_embedder(t)                                                    # (B, D)
+            if r is not None:
+                c = c + self.r_embedder(r) * (t - r)[:, None].to(c.dtype)             # vanishes at r = t
+            time = self.t_block(c).unflatten(-1, (6, -1))                             # (B, 6, D), all blocks
         s = self.mlp_ca(self.layer_norm(c_sem))                                       # (B, N, D), all blocks
         rope = rope_table(height, width, self.native, self.cfg.dim // self.cfg.num_heads, z_t.device)
 
@@ -260,9 +261,9 @@ def partial_condition(c_str, c_sem, alpha):
     return alpha * c_str, torch.zeros_like(c_sem)
 
 
-def both_branches(net, z, t, full, partial):
-    """v_cond and v_pcond of Sec. 3.3 as one batch; full and partial are pairs (c_str, c_sem). float32."""
-    c_str, c_sem = (torch.cat(pair) for pair in zip(full, partial, strict=True))
+def both_branches(net, z, t, full, weak):
+    """v_cond and v_pcond of Sec. 3.3 as one batch; full and weak are pairs (c_str, c_sem). float32."""
+    c_str, c_sem = (torch.cat(pair) for pair in zip(full, weak, strict=True))
     return net(torch.cat([z, z]), torch.cat([t, t]), c_str, c_sem).float().chunk(2)
 
 
@@ -648,6 +649,15 @@ class VOSR(nn.Module):
         return self.dit(z_t, t, c_str, c_sem, r)
 
 
+def choose_device(name):
+    """auto: cuda, mps, cpu in that order; else the named device, or ValueError where it is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    there = [kind for kind, available in there.items() if available]
+    if name != "auto" and name.partition(":")[0] not in there:
+        raise ValueError(f"device {name!r} is not available here; {' and '.join(there)} would work")
+    return torch.device(there[0] if name == "auto" else name)
+
+
 # ---------------------------------------------------------------- loading: all names and shapes, or an error
 def read_json(path):
     """Dict of a JSON file."""
@@ -724,6 +734,17 @@ def read_config(cls, args, source):
     return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in kept.items()})
 
 
+OFFICIAL = dict(alpha="weak_cond_strength_aelq_list", init="pretrained_ckpt", teacher="teacher_ckpt",
+                omega="cfg_scale", delta="rcgm_delta_t", rollout="rcgm_n_steps", method="distill_type")
+
+
+def settings(cfg):
+    """Content of args.json: our settings, their official names, what is fixed here but an option there."""
+    stored = asdict(cfg)
+    fixed = dict(use_qknorm=True, use_swiglu=True, use_rope=True, use_rmsnorm=True, wo_shift=False)
+    return stored | {theirs: stored[ours] for ours, theirs in OFFICIAL.items() if ours in stored} | fixed
+
+
 def load_dit(folder):
     """DiT of a published or own folder (args.json + weights). The file's keys decide about r_embedder."""
     source, settings = find_weights(folder), model_folder(folder) / "args.json"
@@ -733,6 +754,16 @@ def load_dit(folder):
     with torch.device("meta"):  # no time and memory for an initialisation that is overwritten
         net = DiT(cfg)
     return load_strict(net, {n: v for n, v in tensors.items() if "semantic_encoder." not in n}, source)
+
+
+def start_from(folder, net):
+    """--init: weights of a model folder into net; the tiny encoder may lie beside it, as in weights/tiny."""
+    path, wanted = find_weights(folder), net.state_dict()
+    tensors = read_tensors(path)
+    if any(name.startswith("semantic_encoder.") for name in wanted.keys() - tensors.keys()):
+        beside = read_tensors(find_weights(model_folder(folder).parent / "semantic"))
+        tensors |= {f"semantic_encoder.{name}": value for name, value in beside.items()}
+    load_strict(net, {n: v for n, v in tensors.items() if "feat_rope." not in n}, path)  # of any size
 
 
 def rename_attention(tensors):

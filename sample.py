@@ -31,12 +31,13 @@ from PIL import Image, ImageOps, ImageStat
 from tqdm import tqdm
 
 from config import cli, die
-from data import SUFFIXES, keyed_generator
+from data import SUFFIXES, keyed_generator, write_whole
 from model import (
     GRID,
     LATENT_CHANNELS,
     VOSR,
     ModelConfig,
+    choose_device,
     find_weights,
     frozen_paths,
     guided_velocity,
@@ -342,14 +343,6 @@ def upscale(image, vosr, scale=4, steps=1, seed=42, name="image", cfg_scale=0.5,
 
 
 # ---------------------------------------------------------------- models
-def choose_device(name):
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    there = [kind for kind, available in there.items() if available]
-    if name != "auto" and name.partition(":")[0] not in there:
-        raise ValueError(f"device {name!r} is not available here; {' and '.join(there)} would work")
-    return torch.device(there[0] if name == "auto" else name)
-
-
 def ready(vosr, args=None, dtype="auto", device="auto"):
     """Put a bundle on its device, in eval mode, and note as attributes how it wants to be sampled.
 
@@ -414,7 +407,7 @@ def load(model="tiny", steps=1, weights="weights", dtype="auto", device="auto"):
     folders[vae] = "config.json", "model.safetensors" if ours else "diffusion_pytorch_model.safetensors"
     folders[folder] = "args.json", "model.safetensors" if ours else "checkpoints/ema_model.safetensors"
     if missing := missing_files(folders, files):
-        remedy = "part of the repository" if ours else "python tools/download.py fetches them"
+        remedy = "part of the repository" if ours else "see the README, Published weights"
         raise ValueError(f"model {model} lacks {', '.join(map(str, missing))}: {remedy}, "
                          "--weights names another folder")
     dit = load_dit(folder)
@@ -435,16 +428,6 @@ def open_picture(path):
             return ImageOps.exif_transpose(picture)
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as reason:
         raise ValueError(f"{path} is not an image that can be read: {reason}; PNG, JPEG, WebP work") from None
-
-
-def save(picture, path):
-    """Write a PNG, whole or not at all."""
-    hidden = path.with_name(f".{path.stem}.{os.getpid()}.png")
-    try:
-        picture.save(hidden, icc_profile=picture.info.get("icc_profile"))
-        os.replace(hidden, path)
-    finally:
-        hidden.unlink(missing_ok=True)
 
 
 def check(cfg):
@@ -519,7 +502,7 @@ def run(source, target, vosr, cfg):
         size=tuple(map(int, cfg.size.split("x"))) if cfg.size else None, steps=cfg.steps, seed=cfg.seed,
         name=source.name, cfg_scale=cfg.cfg_scale, alpha=cfg.alpha, tile=cfg.tile, color=cfg.color,
         fidelity=cfg.fidelity, posterior=cfg.posterior, progress=True)
-    save(picture, target)
+    write_whole(target, lambda path: picture.save(path, icc_profile=picture.info.get("icc_profile")))
     print(f"{source}  {image.width}x{image.height} -> {picture.width}x{picture.height}  "
           f"{cfg.steps} step{'s' * (cfg.steps > 1)}  {time.perf_counter() - start:.2f} s  "
           f"{peak_memory(device):.2f} GB  {target}", flush=True)

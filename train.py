@@ -14,7 +14,7 @@ import shutil
 import time
 from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -26,19 +26,23 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from config import cli, die, show
-from data import crop, degrade, describe, keyed_generator, open_source, write_image
+from config import cli, launch, show
+from data import Crops, crop, degrade, describe, keyed_generator, open_source, write_image, write_whole
 from model import (
+    GRID,
+    LATENT_CHANNELS,
     VOSR,
     DiT,
     ModelConfig,
     TinySemanticEncoder,
-    find_weights,
+    choose_device,
     frozen_paths,
     load_semantic_encoder,
     load_strict,
     load_vae,
     read_tensors,
+    settings,
+    start_from,
 )
 
 # Table 5 of the paper: 256 px first, then 512 px from the 256 px weights (--init).
@@ -143,41 +147,33 @@ class Objective(nn.Module):
 
 
 # ---------------------------------------------------------------- data
-def place(device="auto"):
+def place(name="auto"):
     """Rank, number of ranks and device of this process; joins the group when torchrun started it."""
-    if device == "auto":
-        mps = "mps" if torch.backends.mps.is_available() else "cpu"
-        device = "cuda" if torch.cuda.is_available() else mps
+    device = choose_device(name)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if device == torch.device("cuda"):
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    return rank, world, torch.device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return rank, world, device
 
 
-class Crops(torch.utils.data.Dataset):
-    """Sample number i of the run, a function of (seed, i) alone: a resumed run goes on with the next."""
-
-    def __init__(self, source, cfg):
-        self.source, self.cfg = source, cfg
-
-    def __getitem__(self, index):
-        return crop(self.source, index, self.cfg.resolution, self.cfg.seed)     # uint8 (3, R, R)
+def degraded(hr, cfg, *key):
+    """hr (B, 3, R, R) in [0, 1] -> its enlarged LR; the draws follow from the seed and `key`."""
+    device = hr.device if hr.is_cuda else "cpu"  # Poisson draws do not exist on every device
+    return degrade(hr, keyed_generator(device, cfg.seed, *key), cfg.degradation)
 
 
 def batches(cfg, prepare, start, rank, world, device):
     """Yield what prepare(hr, lr) makes of each micro-batch from micro-batch number `start` on.
 
-    prepare gets images in [-1, 1] (B, 3, R, R), lr enlarged to the size of hr, and returns a tuple of
-    tensors.
+    prepare gets images (B, 3, R, R) in [-1, 1], lr enlarged to the size of hr; it returns tensors.
     """
     local = cfg.train_batch_size // world
-    source = open_source(cfg.data)
-    crops = Crops(source, cfg)
+    crops = Crops(open_source(cfg.data), cfg.resolution, cfg.seed)
     if rank == 0:
-        print(describe(source), flush=True)
+        print(describe(crops.source), flush=True)
 
     def load(numbers):
         """Micro-batches with these numbers; the numbers of the crops in them follow from rank and number."""
@@ -186,8 +182,7 @@ def batches(cfg, prepare, start, rank, world, device):
                                              num_workers=cfg.num_workers, pin_memory=device.type == "cuda")
         for number, hr in zip(numbers, loader, strict=True):
             hr = hr.to(device, non_blocking=True).float() / 255
-            generator = keyed_generator(device, cfg.seed, "degrade", number, rank)
-            yield prepare(hr * 2 - 1, degrade(hr, generator, cfg.degradation) * 2 - 1)
+            yield prepare(hr * 2 - 1, degraded(hr, cfg, "degrade", number, rank) * 2 - 1)
 
     total = cfg.max_train_steps * cfg.gradient_accumulation_steps
     if not cfg.cache:
@@ -204,30 +199,8 @@ def batches(cfg, prepare, start, rank, world, device):
 
 
 # ---------------------------------------------------------------- checkpoints
-def write_folder(folder, files):
-    """Make `folder` in one step from {name: function that writes a path}: hidden folder, flush, rename."""
-    folder = Path(folder)
-    hidden = folder.with_name(f".{folder.name}.{os.getpid()}")
-    hidden.mkdir(parents=True, exist_ok=True)
-    for name, write in files.items():
-        write(hidden / name)
-        with open(hidden / name, "rb+") as file:
-            os.fsync(file.fileno())
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(hidden, folder)
-
-
 def write_text(path, text):
-    hidden = path.with_name(f".{path.name}.{os.getpid()}")
-    hidden.write_text(text)
-    os.replace(hidden, path)
-
-
-def settings(cfg):
-    """Content of args.json: the settings, and what is fixed here but an option of the official code."""
-    fixed = dict(use_qknorm=True, use_swiglu=True, use_rope=True, use_rmsnorm=True, wo_shift=False)
-    return asdict(cfg) | fixed
+    write_whole(path, lambda hidden: hidden.write_text(text))
 
 
 def tensors_of(net, dtype=None):
@@ -236,29 +209,40 @@ def tensors_of(net, dtype=None):
 
 def save(cfg, done, net, ema, opt):
     """Write checkpoint OUT/step-DONE, let OUT/last name it, delete all but the newest two."""
-    out = Path(cfg.out)
-    write_folder(out / f"step-{done:08d}", {
-        "model.safetensors": lambda path: save_file(tensors_of(net), path),
-        "ema_model.safetensors": lambda path: save_file(tensors_of(ema), path),
-        "args.json": lambda path: path.write_text(json.dumps(settings(cfg), indent=1)),
-        "state.pt": lambda path: torch.save({"step": done, "optimizer": opt.state_dict()}, path)})
-    write_text(out / "last", f"step-{done:08d}\n")
-    for old in sorted(out.glob("step-*"))[:-2]:
+    out, name = Path(cfg.out), f"step-{done:08d}"
+
+    def write(folder):
+        folder.mkdir()
+        save_file(tensors_of(net), folder / "model.safetensors")
+        save_file(tensors_of(ema), folder / "ema_model.safetensors")
+        (folder / "args.json").write_text(json.dumps(settings(cfg), indent=1))
+        torch.save({"step": done, "optimizer": opt.state_dict()}, folder / "state.pt")
+
+    write_whole(out / name, write)
+    write_text(out / "last", name + "\n")
+    for old in [path for path in sorted(out.glob("step-*")) if path.name < name][:-1]:
         shutil.rmtree(old)
 
 
+MAY_CHANGE = ("out", "weights", "export", "device", "compile", "num_workers", "max_train_steps",
+              "learning_rate", "lr_decay", "save_every", "log_every")
+
+
 def resume(cfg, net, ema, opt):
-    """Load the checkpoint that OUT/last names into net, ema and opt; returns its step, 0 if there is none."""
+    """Load the checkpoint that OUT/last names into net, ema and opt; returns its step, 0 if there is none.
+
+    Raises ValueError when it was made with other settings than this call's, but for those that may change.
+    """
     if not (Path(cfg.out) / "last").is_file():
         return 0
     folder = Path(cfg.out) / (Path(cfg.out) / "last").read_text().strip()
     stored = json.loads((folder / "args.json").read_text())
-    for name in (f.name for f in fields(ModelConfig)):
-        now, then = getattr(cfg, name), stored[name]
-        if (list(now) if isinstance(now, tuple) else now) != then:
-            die(f"{cfg.out} was started with --{name} {then}, this call has {now}: use another --out")
-    load_strict(net, read_tensors(folder / "model.safetensors"), folder / "model.safetensors")
-    load_strict(ema, read_tensors(folder / "ema_model.safetensors"), folder / "ema_model.safetensors")
+    for name, now in json.loads(json.dumps(asdict(cfg))).items():
+        if name not in MAY_CHANGE and stored.get(name, now) != now:
+            raise ValueError(f"{cfg.out} was started with --{name} {stored[name]}, this call has {now}: "
+                             "use another --out")
+    for part, file in ((net, folder / "model.safetensors"), (ema, folder / "ema_model.safetensors")):
+        load_strict(part, read_tensors(file), file)
     state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
     opt.load_state_dict(state["optimizer"])
     return state["step"]
@@ -266,10 +250,15 @@ def resume(cfg, net, ema, opt):
 
 def export(folder, net, config, name="config.json", select=""):
     """Finished weights for sampling and for the next stage: half precision, with the settings beside them."""
-    tensors = tensors_of(net, torch.float16).items()
-    tensors = {n.removeprefix(select): value for n, value in tensors if n.startswith(select)}
-    write_folder(folder, {"model.safetensors": lambda path: save_file(tensors, path),
-                          name: lambda path: path.write_text(json.dumps(config, indent=1))})
+    tensors = tensors_of(net, torch.float16)
+    tensors = {n.removeprefix(select): value for n, value in tensors.items() if n.startswith(select)}
+
+    def write(path):
+        path.mkdir(parents=True)
+        save_file(tensors, path / "model.safetensors")
+        (path / name).write_text(json.dumps(config, indent=1))
+
+    write_whole(folder, write)
     print(f"wrote {folder}")
 
 
@@ -289,21 +278,17 @@ def rate(cfg, step):
 
 
 def plot_loss(log, path):
-    """log: list of dicts with step and loss -> PNG of the curve, on logarithmic axes of its own range."""
-    width, height, pad = 640, 360, 40
-    steps, losses = ([max(row[k], 1e-9) for row in log] for k in ("step", "loss"))
-    low, high = min(losses), max(max(losses), min(losses) * 1.01)
-    image = Image.new("RGB", (width, height), "white")
+    """PNG of the loss over the steps, log: list of dicts with step and loss; the loss axis is logarithmic."""
+    steps, losses = [row["step"] for row in log], [max(row["loss"], 1e-9) for row in log]
+    low, high = min(losses), max(losses)
+    span = math.log(max(high, 1.01 * low) / low)
+    image = Image.new("RGB", (640, 360), "white")
     canvas = ImageDraw.Draw(image)
-    points = [(pad + (width - 2 * pad) * s / steps[-1],
-               height - pad - (height - 2 * pad) * math.log(v / low) / math.log(high / low))
-              for s, v in zip(steps, losses, strict=True)]
-    canvas.rectangle((pad, pad, width - pad, height - pad), outline="gray")
-    canvas.line(points, fill="blue", width=2)
-    for text, place_ in ((f"{high:.4g}", (2, pad)), (f"{low:.4g}", (2, height - pad - 10)),
-                         (f"loss, step 0 to {steps[-1]}", (pad, height - pad + 8))):
-        canvas.text(place_, text, fill="black")
-    image.save(path)
+    canvas.rectangle((40, 40, 600, 320), outline="gray")
+    canvas.line([(40 + 560 * s / steps[-1], 320 - 280 * math.log(v / low) / span)
+                 for s, v in zip(steps, losses, strict=True)], fill="blue", width=2)
+    canvas.text((40, 328), f"loss {low:.4g} to {high:.4g}, step 0 to {steps[-1]}", fill="black")
+    write_whole(path, image.save)
 
 
 def run(cfg, net, loss_fn, prepare, preview):
@@ -313,31 +298,37 @@ def run(cfg, net, loss_fn, prepare, preview):
     """
     rank, world, device = place(cfg.device)
     if cfg.train_batch_size % world:
-        die(f"--train_batch_size {cfg.train_batch_size} does not divide by {world} ranks")
+        raise ValueError(f"--train_batch_size {cfg.train_batch_size} does not divide by {world} ranks")
     Path(cfg.out, "previews").mkdir(parents=True, exist_ok=True)
     if rank == 0:
         show(cfg)
     net = net.to(device)
+    if cfg.init:
+        start_from(cfg.init, net)
     ema = deepcopy(net).requires_grad_(False).eval()
-    opt = torch.optim.AdamW(net.parameters(), lr=cfg.learning_rate, betas=(0.9, cfg.adam_beta2), eps=1e-8,
+    trained = [p for p in net.parameters() if p.requires_grad]
+    opt = torch.optim.AdamW(trained, lr=cfg.learning_rate, betas=(0.9, cfg.adam_beta2), eps=1e-8,
                             weight_decay=cfg.weight_decay, fused=True)
     start = resume(cfg, net, ema, opt)
     log_path = Path(cfg.out, "log.jsonl")
-    log = [json.loads(line) for line in log_path.read_text().splitlines()] if log_path.is_file() else []
-    log = [row for row in log if row["step"] <= start]
+    lines = log_path.read_text().split("\n")[:-1] if log_path.is_file() else []  # a half line is dropped
+    log = [row for row in map(json.loads, lines) if row["step"] <= start]
     if rank == 0:
+        for half in Path(cfg.out).glob(".step-*"):                          # of a run that was killed
+            shutil.rmtree(half)
         print(f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters, {world} x {device}"
-              + (f", resumed at step {start}" if start else ""))
+              + (f", resumed at step {start}" if start else "")
+              + (", already finished" if start >= cfg.max_train_steps else ""))
         write_text(log_path, "".join(json.dumps(row) + "\n" for row in log))
         write_text(Path(cfg.out, "args.json"), json.dumps(settings(cfg), indent=1))
-    if cfg.compile:
-        for block in getattr(net, "blocks", [net]):
-            block.compile()
+    for block in net.blocks if cfg.compile and hasattr(net, "blocks") else ():
+        block.compile()
     objective = Objective(net, loss_fn)
     ddp = DistributedDataParallel(objective) if world > 1 else objective
     autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
     micros = cfg.gradient_accumulation_steps
-    stream, tick = batches(cfg, prepare, start * micros, rank, world, device), time.perf_counter()
+    stream = batches(cfg, prepare, start * micros, rank, world, device)
+    logged, tick = start, time.perf_counter()
 
     for step in range(start, cfg.max_train_steps):
         for group in opt.param_groups:
@@ -347,32 +338,33 @@ def run(cfg, net, loss_fn, prepare, preview):
             if world > 1:
                 ddp.require_backward_grad_sync = micro == micros - 1        # one all-reduce per step
             generator = keyed_generator(device, cfg.seed, step, micro, rank)  # resumed: same numbers
+            batch = next(stream)
             with autocast:
-                part = ddp(next(stream), generator) / micros
+                part = ddp(batch, generator) / micros
             part.backward()
             loss += part.detach()
-        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(trained, cfg.max_grad_norm)
         opt.step()
         opt.zero_grad(set_to_none=True)
         update_ema(ema, net, cfg.ema_decay)
 
         done = step + 1
-        last = done == cfg.max_train_steps
-        if last or done % cfg.log_every == 0:
+        saving = done == cfg.max_train_steps or done % cfg.save_every == 0
+        if saving or done % cfg.log_every == 0:
             if world > 1:
                 dist.all_reduce(loss)
             row = dict(step=done, loss=float(loss) / world, grad=float(norm), learning_rate=rate(cfg, step))
-            if not math.isfinite(row["loss"]):
-                raise FloatingPointError(f"loss {row['loss']} at step {done}: lower --learning_rate, resume")
-            row["images_per_s"] = cfg.train_batch_size * micros * cfg.log_every / (time.perf_counter() - tick)
-            tick = time.perf_counter()
+            if not math.isfinite(row["loss"] + row["grad"]):                # nothing of it is ever saved
+                raise FloatingPointError(f"loss {row['loss']} at step {done}: lower --learning_rate, go on")
+            images, seconds = cfg.train_batch_size * micros * (done - logged), time.perf_counter() - tick
+            row["images_per_s"], logged, tick = images / seconds, done, time.perf_counter()
             if rank == 0:
                 log.append(row)
                 print(f"step {done:>7} | loss {row['loss']:.4f} | grad {row['grad']:.2f} | "
                       f"{row['images_per_s']:.1f} images/s", flush=True)
                 with open(log_path, "a") as file:
                     file.write(json.dumps(row) + "\n")
-        if rank == 0 and (last or done % cfg.save_every == 0):
+        if rank == 0 and saving:
             save(cfg, done, net, ema, opt)
             plot_loss(log, Path(cfg.out, "loss.png"))
             with torch.no_grad():
@@ -381,6 +373,7 @@ def run(cfg, net, loss_fn, prepare, preview):
             write_image(Path(cfg.out, "previews", f"{done:08d}.png"), sheet.float().cpu())
     if world > 1:
         dist.barrier()
+        dist.destroy_process_group()
     return ema
 
 
@@ -388,7 +381,10 @@ def run(cfg, net, loss_fn, prepare, preview):
 def frozen(cfg, device):
     """Bundle of what is not trained here: autoencoder and, where one is published, semantic encoder."""
     vae_path, semantic_path = frozen_paths(cfg, cfg.weights)
-    semantic = None if cfg.ae_type == "tiny" else load_semantic_encoder(semantic_path, cfg)
+    paths = [vae_path] if cfg.ae_type == "tiny" else [vae_path, semantic_path]
+    if missing := [str(path) for path in paths if not path.exists()]:
+        raise ValueError(f"missing: {', '.join(missing)}; see the README, --weights names another folder")
+    semantic = load_semantic_encoder(semantic_path, cfg) if semantic_path in paths else None
     return VOSR(None, load_vae(vae_path), semantic).to(device).eval().requires_grad_(False)
 
 
@@ -396,30 +392,33 @@ def preview_pairs(cfg, device, count=4):
     """The first photos of the source, degraded: hr, lr (count, 3, R, R) in [-1, 1]."""
     source = open_source(cfg.data)
     hr = torch.stack([crop(source, i, cfg.resolution, cfg.seed) for i in range(count)]).to(device) / 255
-    return hr * 2 - 1, degrade(hr, keyed_generator(device, cfg.seed, "preview"), cfg.degradation) * 2 - 1
+    return hr * 2 - 1, degraded(hr, cfg, "preview") * 2 - 1
+
+
+def check(cfg):
+    """Wrong values end here, before anything is loaded."""
+    if cfg.ae_type not in LATENT_CHANNELS:
+        raise ValueError(f"--ae_type is one of {', '.join(LATENT_CHANNELS)}, got {cfg.ae_type!r}")
+    if cfg.resolution < 32 or cfg.resolution % GRID:
+        raise ValueError(f"--resolution is a multiple of {GRID} from 32 on, got {cfg.resolution}")
 
 
 def main():
     cfg = cli(Config, PRESETS)
     cfg.out = cfg.out or f"out/{cfg.preset}"
-    device = place(cfg.device)[-1]
-    try:
-        vosr = frozen(cfg, device)
-        torch.manual_seed(cfg.seed)                                     # initial weights, alike on all ranks
-        net = DiT(cfg)
-        if cfg.ae_type == "tiny":                                       # it learns along
-            net.semantic_encoder = TinySemanticEncoder(cfg.enc_dim)
-        if cfg.init:
-            start = {n: v for n, v in read_tensors(find_weights(cfg.init)).items() if "feat_rope." not in n}
-            load_strict(net, start, find_weights(cfg.init))      # its rotary tables may be of another size
-        hr, lr = preview_pairs(cfg, device)
-    except ValueError as error:
-        die(error)
+    check(cfg)
+    rank, _, device = place(cfg.device)
+    vosr = frozen(cfg, device)
+    torch.manual_seed(cfg.seed)                                       # initial weights, alike on all ranks
+    net = DiT(cfg)
+    if cfg.ae_type == "tiny":                                           # nothing to borrow: it learns along
+        net.semantic_encoder = TinySemanticEncoder(cfg.enc_dim)
+    hr, lr = preview_pairs(cfg, device)
 
     @torch.no_grad()
     def prepare(hr, lr):
         z0, c_str = vosr.encode(torch.cat([hr, lr])).chunk(2)
-        return z0, c_str, vosr.semantic_tokens(lr) if vosr.semantic_encoder else lr
+        return z0, c_str, vosr.semantic_tokens(lr) if vosr.semantic_encoder else lr  # tiny: see tokens
 
     def tokens(net, c_sem):
         return net.semantic_encoder(c_sem) if cfg.ae_type == "tiny" else c_sem
@@ -440,7 +439,7 @@ def main():
         return torch.stack([*rows, hr])
 
     ema = run(cfg, net, loss_fn, prepare, preview)
-    if cfg.export and place(cfg.device)[0] == 0:
+    if cfg.export and rank == 0:
         if cfg.ae_type == "tiny":
             export(Path(cfg.export, "semantic"), ema, {"enc_dim": cfg.enc_dim}, select="semantic_encoder.")
             del ema.semantic_encoder
@@ -448,4 +447,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    launch(main)

@@ -1,4 +1,10 @@
 """Eq. 4-17 on a flow with a known solution: all pictures are zero, so v(z, t) = z / t and z_r = z_t r / t."""
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -6,6 +12,10 @@ from data import keyed_generator
 from distill import Config, base_loss, draw, edges, one_step, pixel_loss, rc_loss, shortcut_loss
 from model import DiT, ModelConfig
 from train import per_sample
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--dim", "32", "--depth", "1", "--num_heads", "1", "--enc_dim", "8", "--resolution", "80",
+         "--cache", "8", "--train_batch_size", "4", "--device", "cpu", "--max_train_steps", "2", "--save_every", "1"]
 
 
 def exact(z_t, t, c_str, c_sem, r=None):
@@ -100,3 +110,30 @@ def test_pixel_loss_counts_pixels_once_and_edges_half():
     assert pixel_loss(a, a) == 0 and pixel_loss(a + 0.25, a) == 0.25
     assert torch.isclose(pixel_loss(b, a), torch.tensor(0.5 + 0.5 * 1 / 3))
     assert [e.shape[-2:] for e in edges(a)] == [(4, 3), (3, 4)]
+
+
+def start(script, *words, code=0):
+    done = subprocess.run([sys.executable, script, *SMALL, *map(str, words)], cwd=ROOT, capture_output=True,
+                          text=True)
+    assert done.returncode == code, done.stderr[-2000:]
+    return done
+
+
+@pytest.mark.slow
+def test_the_whole_family_is_made_stage_by_stage_and_then_samples(tmp_path):
+    weights, family = tmp_path / "weights", tmp_path / "weights" / "tiny"
+    common = ("--weights", weights, "--export", family)
+    start("distill.py", "--method", "autoencoder", *common, "--out", tmp_path / "ae")
+    start("train.py", *common, "--out", tmp_path / "ms")
+    start("distill.py", "--method", "shortcut", *common, "--out", tmp_path / "sc")
+    start("distill.py", "--method", "rc", *common, "--out", tmp_path / "rc", "--tau", "0.75",
+          "--teacher", tmp_path / "ms" / "last")
+    start("distill.py", "--method", "decoder", *common, "--out", tmp_path / "dec")
+    assert {p.name for p in family.iterdir()} == {"vae", "semantic", "ms", "os"}
+    assert json.loads((tmp_path / "dec" / "args.json").read_text())["tau"] == 0.75     # as the student's
+    for model in ("tiny", tmp_path / "rc"):
+        shutil.copy(ROOT / "assets" / "input.png", tmp_path / "input.png")
+        subprocess.run([sys.executable, "sample.py", "--model", model, "--steps", "1", "--weights", weights,
+                        "--overwrite", tmp_path / "input.png"], cwd=ROOT, check=True)
+    error = start("distill.py", "--method", "rc", *common, "--teacher", family / "os", code=2).stderr
+    assert "is a one-step network" in error and error.count("\n") == 1

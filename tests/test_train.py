@@ -1,5 +1,6 @@
 """Eq. 1 on cases that can be solved on paper, and the run around it: ranks, resume, checkpoints."""
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -95,16 +96,26 @@ def test_learning_rate_is_constant_and_then_a_cosine_to_zero():
     cfg = Config(learning_rate=1.0, lr_decay=0.5, max_train_steps=100)
     assert train.rate(cfg, 0) == train.rate(cfg, 50) == 1.0
     assert abs(train.rate(cfg, 75) - 0.5) < 1e-9 and train.rate(cfg, 99) < 0.01
-    assert train.rate(Config(learning_rate=1.0, lr_decay=0.0), 999) == 1.0
+    assert train.rate(Config(learning_rate=1.0, lr_decay=0.0, max_train_steps=100), 99) == 1.0
 
 
 def start(out, steps, *more, ranks=1, code=0):
-    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=29587"]
+    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"]
     words = ["train.py", *SMALL, "--out", out, "--max_train_steps", steps, *more]
     done = subprocess.run([sys.executable, *(torchrun if ranks > 1 else []), *words], cwd=ROOT,
                           capture_output=True, text=True)
     assert done.returncode == code, done.stderr[-2000:]
     return done
+
+
+def test_wrong_settings_end_in_one_line_before_anything_is_loaded(tmp_path):
+    for words, reason in ((("--resolution", "20"), "--resolution is a multiple of 16"),
+                          (("--ae_type", "foo"), "--ae_type is one of tiny"),
+                          (("--device", "foo"), "device 'foo' is not available"),
+                          (("--data", "nowhere"), "nowhere does not exist"),
+                          (("--weights", "nowhere"), "missing: nowhere")):
+        error = start(tmp_path / "run", "3", *words, code=2).stderr
+        assert error.startswith(f"error: {reason}") and error.count("\n") == 1
 
 
 def final(out):
@@ -133,6 +144,16 @@ def test_torchrun_trains_on_two_ranks_and_leaves_a_complete_run_folder(tmp_path)
     assert {p.name for p in (tmp_path / "run" / "step-00000003").iterdir()} == {
         "model.safetensors", "ema_model.safetensors", "args.json", "state.pt"}
     assert not [n for n in names if n.startswith(".")]
+
+
+@pytest.mark.slow
+def test_init_starts_from_a_run_and_from_an_exported_family(tmp_path):
+    start(tmp_path / "a", "3", "--cache", "8", "--export", tmp_path / "family")
+    for source in (tmp_path / "a" / "last", tmp_path / "family" / "ms"):
+        start(tmp_path / "b", "1", "--cache", "8", "--init", source, "--learning_rate", "0")
+        a, b = final(tmp_path / "a")[1], final(tmp_path / "b")[0]
+        assert all(torch.allclose(a[name], b[name], atol=2e-3) for name in a)
+        shutil.rmtree(tmp_path / "b")
 
 
 @pytest.mark.slow
