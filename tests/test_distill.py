@@ -15,7 +15,8 @@ from train import per_sample
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--dim", "32", "--depth", "1", "--num_heads", "1", "--enc_dim", "8", "--resolution", "80",
-         "--cache", "8", "--train_batch_size", "4", "--device", "cpu", "--max_train_steps", "2", "--save_every", "1"]
+         "--cache", "8", "--train_batch_size", "4", "--device", "cpu", "--max_train_steps", "2",
+         "--save_every", "1"]
 
 
 def exact(z_t, t, c_str, c_sem, r=None):
