@@ -64,7 +64,7 @@ class Config(train.Config):
     delta: float = 0.01  # Delta t of the warm start (Eq. 13); the paper gives no value
     rollout: int = 2  # sub-steps of the rollout (Eq. 14); the paper gives no value
     corner: float = 0.0  # share of samples at (t, r) = (1, 0), where one-step sampling is; paper: 0
-    tau: float = 1.0  # scale of the noise that the student starts from; 1 = the paper
+    tau: float = 1.0  # scale of the noise that the finished student starts from; 1 = the paper
     latent_noise: float = 0.1  # autoencoder: noise on the latent in units of its own spread
 
 

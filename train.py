@@ -225,7 +225,7 @@ def save(cfg, done, net, ema, opt):
 
 
 MAY_CHANGE = ("out", "weights", "export", "device", "compile", "num_workers", "max_train_steps",
-              "learning_rate", "lr_decay", "save_every", "log_every")
+              "learning_rate", "lr_decay", "save_every", "log_every", "tau")
 
 
 def resume(cfg, net, ema, opt):
