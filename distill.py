@@ -219,7 +219,7 @@ def distil(cfg, device):
     ema = run(cfg, student, loss_fn, prepare, preview)
     if cfg.ae_type == "tiny":
         del ema.semantic_encoder                                            # the family has it already
-    return "os", ema, settings(cfg), "args.json"
+    return "os", ema, settings(cfg, paths=False), "args.json"
 
 
 # ---------------------------------------------------------------- autoencoders

@@ -738,9 +738,14 @@ OFFICIAL = dict(alpha="weak_cond_strength_aelq_list", init="pretrained_ckpt", te
                 omega="cfg_scale", delta="rcgm_delta_t", rollout="rcgm_n_steps", method="distill_type")
 
 
-def settings(cfg):
-    """Content of args.json: our settings, their official names, what is fixed here but an option there."""
+def settings(cfg, paths=True):
+    """Content of args.json: our settings, their official names, what is fixed here but an option there.
+
+    paths False leaves out the places on this machine, for weights that travel.
+    """
     stored = asdict(cfg)
+    for name in () if paths else ("data", "out", "weights", "init", "export", "teacher", "device"):
+        stored.pop(name, None)
     fixed = dict(use_qknorm=True, use_swiglu=True, use_rope=True, use_rmsnorm=True, wo_shift=False)
     return stored | {theirs: stored[ours] for ours, theirs in OFFICIAL.items() if ours in stored} | fixed
 

@@ -443,7 +443,7 @@ def main():
         if cfg.ae_type == "tiny":
             export(Path(cfg.export, "semantic"), ema, {"enc_dim": cfg.enc_dim}, select="semantic_encoder.")
             del ema.semantic_encoder
-        export(Path(cfg.export, "ms"), ema, settings(cfg), "args.json")
+        export(Path(cfg.export, "ms"), ema, settings(cfg, paths=False), "args.json")
 
 
 if __name__ == "__main__":
