@@ -51,7 +51,7 @@ from model import (
 MULTI_STEP = dict(steps=25, cfg_scale=0.5)  # the authors' practical default; they use -0.5 on RealSR
 ONE_STEP = dict(steps=1, cfg_scale=None)    # guidance was distilled into the student
 DEFAULTS = {  # where each model lies in the weights folder, and how it is sampled unless told otherwise
-    "tiny-ms": dict(folder="tiny/ms", ae_type="tiny", **MULTI_STEP),
+    "tiny-ms": dict(folder="tiny/ms", ae_type="tiny", steps=25, cfg_scale=1.0),  # its partial branch is young
     "tiny-os": dict(folder="tiny/os", ae_type="tiny", **ONE_STEP),
     "0.5B-ms": dict(folder="VOSR_0.5B_ms", ae_type="sd2", **MULTI_STEP),
     "0.5B-os": dict(folder="VOSR_0.5B_os", ae_type="sd2", **ONE_STEP),
