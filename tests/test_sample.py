@@ -210,7 +210,7 @@ def test_run_folder_of_a_training_is_a_model(weights, teacher, tmp_path):
 
 
 def test_missing_weights_are_listed(weights, tmp_path):
-    with pytest.raises(ValueError, match="download") as error:
+    with pytest.raises(ValueError, match="see the README") as error:
         load("0.5B", 1, tmp_path)
     assert str(error.value).count(str(tmp_path)) == 6  # DiT and VAE: two files each; light decoder, DINOv2
     assert "stable-diffusion-2-1-base/vae/diffusion_pytorch_model.safetensors" in str(error.value)
