@@ -39,9 +39,12 @@ def cli(Config, presets=None, argv=None):
     default = {f.name: f.default for f in fields(Config)}
     if {"-h", "--help"} & set(argv):
         print(inspect.getmodule(Config).__doc__, "\npresets:", ", ".join(presets) or "none")
+        default |= presets.get(default.get("preset"), {})
+        notes = {}
         for cls in reversed(Config.__mro__[:-1]):
-            for name, note in re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), re.M):
-                print(f"  --{name.rstrip('_'):<22} {note} (default {default[name]!r})")
+            notes |= re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), re.M)
+        for name, note in notes.items():
+            print(f"  --{name.rstrip('_'):<22} {note} (default {default[name]!r})")
         sys.exit(0)
     while argv:
         word, equals, text = argv.pop(0).partition("=")

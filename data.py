@@ -1,7 +1,7 @@
 """Pictures in and out, the degradation that makes LR from HR, and where training pictures come from.
 
     python data.py show photos/                  # contact_sheet.png: HR | LR | the parameters that were drawn
-    python data.py show procedural --kind mild   # pictures that need no download, gentler degradation
+    python data.py show procedural --degradation mild   # pictures that need no download, milder
 
 In this order: image files, the degradation (one function per operation, then draw_degradation and degrade),
 sources of training pictures. Pixels are float32 in [0, 1] except where uint8 is written. The degradation is
@@ -58,7 +58,7 @@ class Config:
     out: str = "contact_sheet.png"  # the picture that `show` writes
     rows: int = 8  # samples on it
     resolution: int = 128  # side of the HR crop in pixels
-    kind: str = "full"  # degradation: full, mild, or full+mild for either
+    degradation: str = "full+mild"  # full, mild, or full+mild: half of each, as tiny is trained
     seed: int = 0  # same seed, same sheet
     inputs: tuple = ()  # show SOURCE
 
@@ -539,7 +539,7 @@ class Files:
     def reject(self, index, reason):
         """Count and report an unreadable picture. Raises ValueError when they are too many."""
         self.bad.add(index)
-        print(f"skipped: {reason}", flush=True)
+        print(f"unreadable: {reason}", flush=True)
         if len(self.bad) > max(1, self.limit * len(self)):
             raise ValueError(f"{self.spec}: {len(self.bad)} of {len(self)} cannot be read; remove them")
 
@@ -570,6 +570,8 @@ def open_source(spec):
         return Procedural()
     if path.suffix.lower() == ".tar" or (path.is_dir() and any(path.glob("*.tar"))):
         raise ValueError(f"{spec}: tar files are not supported yet; unpack them and give the folder")
+    if path.suffix.lower() in SUFFIXES and path.is_file():
+        raise ValueError(f"{spec} is one picture; {wanted}")
     if path.is_dir():
         files = sorted(path.rglob("*"))
         names = [file for file in files if file.suffix.lower() in SUFFIXES and file.is_file()
@@ -713,8 +715,8 @@ def contact_sheet(source, cfg):
     for row in range(cfg.rows):
         hr = crop(source, row, cfg.resolution, cfg.seed)[None] / 255
         key, top = ("show", cfg.seed, row), row * (side + 4)
-        lr = degrade(hr, keyed_generator("cpu", *key), cfg.kind)
-        draws = draw_batch(1, *hr.shape[2:], keyed_generator("cpu", *key), cfg.kind)[0]  # the same again
+        lr = degrade(hr, keyed_generator("cpu", *key), cfg.degradation)
+        draws = draw_batch(1, *hr.shape[2:], keyed_generator("cpu", *key), cfg.degradation)[0]  # once more
         for column, image in enumerate((hr[0], lr[0])):
             picture = to_pillow(image).resize((side, side), Image.Resampling.NEAREST)
             sheet.paste(picture, (column * (side + 4), top))

@@ -165,16 +165,17 @@ def one_step(student, z1, c_str, c_sem):
     return z1 - student(z1, ones, c_str, c_sem, r=0 * ones).float()
 
 
-def load_around(cfg, device, path, one_step):
+def load_around(cfg, device, path, student):
     """Frozen bundle around the DiT of `path`; for tiny with the semantic encoder that it learned with.
 
     The shape of this run's network becomes that of the DiT. Raises ValueError for one of the other kind.
     """
     vosr = frozen(cfg, device)
     vosr.dit = load_dit(path).to(device).eval().requires_grad_(False)
-    if vosr.dit.cfg.auxiliary_time_cond != one_step:
-        is_, wanted = ("multi", "one")[:: 1 if one_step else -1]
-        raise ValueError(f"{path} is a {is_}-step network, --method {cfg.method} wants a {wanted}-step one")
+    if vosr.dit.cfg.auxiliary_time_cond and not student:
+        raise ValueError(f"{path} is a one-step network, --method {cfg.method} wants a multi-step one")
+    if student and not vosr.dit.cfg.auxiliary_time_cond:
+        raise ValueError(f"{path} is a multi-step network, --method {cfg.method} wants a one-step one")
     for field in fields(ModelConfig):
         mine, theirs = getattr(cfg, field.name), getattr(vosr.dit.cfg, field.name)
         if field.name != "auxiliary_time_cond" and mine != theirs:
@@ -191,7 +192,7 @@ def load_around(cfg, device, path, one_step):
 def distil(cfg, device):
     """Teacher -> one-step student by rc or shortcut; autoencoder and semantic encoder stay as they are."""
     family = {"tiny": "tiny/ms", "sd2": "VOSR_0.5B_ms", "qwen": "VOSR_1.4B_ms"}[cfg.ae_type]
-    vosr = load_around(cfg, device, cfg.teacher or Path(cfg.weights, family), one_step=False)
+    vosr = load_around(cfg, device, cfg.teacher or Path(cfg.weights, family), student=False)
     torch.manual_seed(cfg.seed)                                             # the embedder of r starts random
     student = DiT(cfg)
     student.load_state_dict(student.state_dict() | vosr.dit.state_dict())   # all else is the teacher's
@@ -262,10 +263,11 @@ def autoencoder(cfg, device):
 def decoder(cfg, device):
     """The light decoder retrained for SR (Sec. 4.1): from the student's one-step latents to the HR picture.
 
-    Encoder, semantic encoder and student are frozen; the loss is pixel_loss and nothing else.
+    Encoder, semantic encoder and student are frozen; the loss is pixel_loss and nothing else. Exporting the
+    autoencoder stage again would put its own decoder back.
     """
     student = cfg.teacher or Path(cfg.weights, "tiny/os")
-    vosr = load_around(cfg, device, student, one_step=True)
+    vosr = load_around(cfg, device, student, student=True)
     cfg.tau = read_json(model_folder(student) / "args.json").get("tau", 1.0)    # the noise it is used with
     vae = load_vae(frozen_paths(cfg, cfg.weights)[0])
     vae.encoder.requires_grad_(False)
@@ -295,7 +297,8 @@ def decoder(cfg, device):
 
 
 def main():
-    method = cli(Config, PRESETS["rc"] | PRESETS["autoencoder"]).method
+    # Read twice: the method decides what the preset's row holds.
+    method = cli(Config, PRESETS["autoencoder"] | PRESETS["rc"]).method
     methods = {"rc": distil, "shortcut": distil, "autoencoder": autoencoder, "decoder": decoder}
     if method not in methods:
         die(f"unknown method {method!r}, choose one of: {', '.join(methods)}")

@@ -33,7 +33,7 @@ from model import find_weights
 from sample import HALF, find_model, load, upscale
 
 # scale, and the paper's guidance for multi-step models
-PROTOCOLS = {"folder": (4, 0.5), "realsr": (4, -0.5), "screensr": (1, 0.5), "pairs": (4, 0.5)}
+PROTOCOLS = {"folder": 4, "realsr": 4, "screensr": 1, "pairs": 4}  # scale
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Config:
     model: str = "tiny"  # as in sample.py: a family, one network of it, or a folder with args.json
     weights: str = "weights"  # folder of the weights
     steps: int = 0  # up to 4 use the one-step student; 0: 1 for a student, 25 for a multi-step model
-    cfg_scale: float = math.nan  # guidance of multi-step models; nan: -0.5 for realsr, else 0.5
+    cfg_scale: float = math.nan  # guidance; nan: the model's own, and -0.5 for published ones on realsr
     alpha: float = 0.1  # structural retention of the partial branch
     seed: int = 42  # first seed of the sampling noise
     seeds: int = 1  # so many seeds, counted up from --seed; scores are averaged within a picture
@@ -460,14 +460,16 @@ def prepare(cfg):
             die(f"--{name} starts at {least}, got {getattr(cfg, name)}")
     if not cfg.data:
         die("--data is needed: the photos, or the folder of HR/ and LR/")
-    scale, guidance = PROTOCOLS[cfg.protocol]
-    guidance = guidance if math.isnan(cfg.cfg_scale) else cfg.cfg_scale
-    cfg = replace(cfg, scale=cfg.scale or scale, cfg_scale=guidance)
+    cfg = replace(cfg, scale=cfg.scale or PROTOCOLS[cfg.protocol])
     pairs = find_pairs(cfg)
     if cfg.from_:
         return cfg, pairs, find_finished(cfg, pairs), None
     vosr = load(cfg.model, cfg.steps, cfg.weights, cfg.dtype, cfg.device)
-    return replace(cfg, steps=cfg.steps or vosr.defaults["steps"]), pairs, {}, vosr
+    guidance = cfg.cfg_scale
+    if math.isnan(guidance):  # the authors' value for RealSR belongs to their models
+        authors = cfg.protocol == "realsr" and vosr.dit.cfg.ae_type != "tiny" and not vosr.one_step
+        guidance = -0.5 if authors else vosr.defaults["cfg_scale"]
+    return replace(cfg, steps=cfg.steps or vosr.defaults["steps"], cfg_scale=guidance), pairs, {}, vosr
 
 
 def describe(cfg, vosr):

@@ -287,7 +287,7 @@ def restore(enlarged, vosr, half, steps, seed, name, cfg_scale, alpha, tile, col
         return 255 * wavelet(image.clamp(0, 1), crop(top, left, h, w)[0] * 0.5 + 0.5)
 
     c_str = assemble(encode, torch.zeros_like(noise[0]), height, width, tile)[None]
-    cfg_scale = None if vosr.one_step else cfg_scale
+    cfg_scale = vosr.defaults["cfg_scale"] if vosr.one_step or cfg_scale is None else cfg_scale
     total = steps * len(places) * (1 if cfg_scale is None else 2)
     with tqdm(total=total, disable=None if progress else True, leave=False) as bar:
         if len(places) == 1:
@@ -305,14 +305,15 @@ def restore(enlarged, vosr, half, steps, seed, name, cfg_scale, alpha, tile, col
 
 
 @torch.no_grad()
-def upscale(image, vosr, scale=4, steps=1, seed=42, name="image", cfg_scale=0.5, alpha=0.1, tile=512,
+def upscale(image, vosr, scale=4, steps=1, seed=42, name="image", cfg_scale=None, alpha=0.1, tile=512,
             color="wavelet", fidelity=0.0, posterior="mode", size=None, progress=False):
     """PIL image -> PIL image of round(scale * side) pixels, or of size = (width, height); any side from 1.
 
     vosr comes from `load`; the options are those of the command line. (seed, name) decide the noise; sampling
-    starts from tau * (1 - fidelity) * noise, where tau is the model's own, and cfg_scale and alpha act in
-    multi-step models only (Eq. 2). Alpha is enlarged by bicubic, grey stays grey, the ICC profile is kept. A
-    result that is not finite is computed again in fp32, and after running out of memory with smaller tiles.
+    starts from tau * (1 - fidelity) * noise, where tau is the model's own; cfg_scale (None: the model's own)
+    and alpha act in multi-step models only (Eq. 2). Alpha is enlarged by bicubic, grey stays grey, the ICC
+    profile is kept. A result that is not finite is computed again in fp32, and after running out of memory
+    with smaller tiles.
     """
     rgb, opacity, grey = split(image)
     size = size or tuple(max(1, round(scale * side)) for side in rgb.size)

@@ -199,10 +199,6 @@ def batches(cfg, prepare, start, rank, world, device):
 
 
 # ---------------------------------------------------------------- checkpoints
-def write_text(path, text):
-    write_whole(path, lambda hidden: hidden.write_text(text))
-
-
 def tensors_of(net, dtype=None):
     return {name: value.detach().to("cpu", dtype).contiguous() for name, value in net.state_dict().items()}
 
@@ -219,12 +215,12 @@ def save(cfg, done, net, ema, opt):
         torch.save({"step": done, "optimizer": opt.state_dict()}, folder / "state.pt")
 
     write_whole(out / name, write)
-    write_text(out / "last", name + "\n")
+    write_whole(out / "last", lambda path: path.write_text(name + "\n"))
     for old in [path for path in sorted(out.glob("step-*")) if path.name < name][:-1]:
         shutil.rmtree(old)
 
 
-MAY_CHANGE = ("out", "weights", "export", "device", "compile", "num_workers", "max_train_steps",
+MAY_CHANGE = ("out", "export", "device", "compile", "num_workers", "max_train_steps",
               "learning_rate", "lr_decay", "save_every", "log_every", "tau")
 
 
@@ -298,7 +294,7 @@ def run(cfg, net, loss_fn, prepare, preview):
     """
     rank, world, device = place(cfg.device)
     if cfg.train_batch_size % world:
-        raise ValueError(f"--train_batch_size {cfg.train_batch_size} does not divide by {world} ranks")
+        raise ValueError(f"--train_batch_size is {cfg.train_batch_size}, not a multiple of {world} ranks")
     Path(cfg.out, "previews").mkdir(parents=True, exist_ok=True)
     if rank == 0:
         show(cfg)
@@ -319,8 +315,8 @@ def run(cfg, net, loss_fn, prepare, preview):
         print(f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters, {world} x {device}"
               + (f", resumed at step {start}" if start else "")
               + (", already finished" if start >= cfg.max_train_steps else ""))
-        write_text(log_path, "".join(json.dumps(row) + "\n" for row in log))
-        write_text(Path(cfg.out, "args.json"), json.dumps(settings(cfg), indent=1))
+        write_whole(log_path, lambda path: path.write_text("".join(json.dumps(row) + "\n" for row in log)))
+        write_whole(Path(cfg.out, "args.json"), lambda p: p.write_text(json.dumps(settings(cfg), indent=1)))
     for block in net.blocks if cfg.compile and hasattr(net, "blocks") else ():
         block.compile()
     objective = Objective(net, loss_fn)
@@ -399,8 +395,12 @@ def check(cfg):
     """Wrong values end here, before anything is loaded."""
     if cfg.ae_type not in LATENT_CHANNELS:
         raise ValueError(f"--ae_type is one of {', '.join(LATENT_CHANNELS)}, got {cfg.ae_type!r}")
-    if cfg.resolution < 32 or cfg.resolution % GRID:
-        raise ValueError(f"--resolution is a multiple of {GRID} from 32 on, got {cfg.resolution}")
+    counts = ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "save_every", "log_every")
+    if low := [name for name in counts if getattr(cfg, name) < 1]:
+        raise ValueError(f"--{low[0]} starts at 1, got {getattr(cfg, low[0])}")
+    if cfg.dim % (4 * cfg.num_heads) or cfg.resolution < 32 or cfg.resolution % GRID:
+        raise ValueError(f"--dim is a multiple of 4 x --num_heads, --resolution of {GRID} from 32 on; got "
+                         f"{cfg.dim}, {cfg.num_heads}, {cfg.resolution}")
 
 
 def main():

@@ -179,7 +179,7 @@ def test_sources_that_do_not_work_are_refused_in_one_line(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "x.tar").write_bytes(b"")
     save(tmp_path / "x.png")
-    for name, reason in (("empty", "holds no pictures"), ("x.tar", "tar"), ("x.png", "not a text file"),
+    for name, reason in (("empty", "holds no pictures"), ("x.tar", "tar"), ("x.png", "is one picture"),
                          ("missing", "does not exist")):
         with pytest.raises(ValueError, match=reason):
             data.open_source(tmp_path / name)
@@ -204,7 +204,7 @@ def test_unreadable_and_small_pictures_are_replaced_and_counted(tmp_path, capsys
     source = data.open_source(tmp_path)
     assert all(data.crop(source, n, 12, 0).shape == (3, 12, 12) for n in range(24))
     assert len(source.small) == len(source.bad) == 1
-    assert capsys.readouterr().out.count("skipped: ") == 1
+    assert capsys.readouterr().out.count("unreadable: ") == 1
     with pytest.raises(ValueError, match="7 pictures are smaller than 99 px, 1 cannot be read, none is left"):
         data.crop(source, 0, 99, 0)
 
@@ -238,7 +238,7 @@ def test_show_writes_a_sheet_and_stops_for_no_bad_file(tmp_path, capsys):
         (tmp_path / f"{n}.png").write_bytes(b"text")
     save(tmp_path / "good.png", (80, 70))
     inputs, sheet = ("show", str(tmp_path)), str(tmp_path / "sheet.png")
-    data.main(data.Config(out=sheet, rows=2, resolution=64, kind="full+mild", inputs=inputs))
+    data.main(data.Config(out=sheet, rows=2, resolution=64, degradation="full+mild", inputs=inputs))
     assert Image.open(sheet).size == (2 * 256 + 560, 2 * 260) and sheet in capsys.readouterr().out
 
 

@@ -196,7 +196,7 @@ def test_folder_degrades_by_the_stem_alone_and_leaves_pairs_behind(call, tmp_pat
 
 
 def test_the_protocol_decides_scale_and_guidance_unless_they_are_typed(pairs, call):
-    for options, guidance in (((), 0.5), (("--protocol", "realsr"), -0.5),
+    for options, guidance in (((), 1.0), (("--protocol", "realsr"), 1.0),
                               (("--protocol", "realsr", "--cfg_scale", "0.7"), 0.7)):
         settings = call("--limit", 1, "--model", "tiny-ms", "--steps", 2, *options)["settings"]
         assert (settings["cfg_scale"], settings["scale"]) == (guidance, 4)

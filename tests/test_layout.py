@@ -15,7 +15,7 @@ ABOVE = {  # what each file may import of ours
     "sample": {"config", "model", "data"},
     "evaluate": {"config", "model", "data", "sample"},
 }
-LINES = {"config": 80, "model": 850, "data": 750, "train": 450, "distill": 350, "sample": 600,
+LINES = {"config": 90, "model": 850, "data": 750, "train": 450, "distill": 350, "sample": 600,
          "evaluate": 600}
 SMALL = {path: 400 if path.stem in ("attention", "pack", "parity") else 250
          for folder in ("kernels", "tools", "tests") for path in (ROOT / folder).glob("*.py")}

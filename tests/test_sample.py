@@ -192,7 +192,8 @@ def test_steps_choose_the_network_and_only_the_multi_step_one_is_guided(weights,
     assert load("tiny-os", 25, weights).one_step and not load(str(weights / "tiny/ms"), 1, weights).one_step
     for options in (dict(cfg_scale=2.0), dict(alpha=0.25)):
         for vosr, same in ((student, True), (teacher, False)):
-            results = [upscale(picture(16, 16), vosr, steps=5, **o) for o in ({}, options)]
+            both = (dict(cfg_scale=0.5), dict(cfg_scale=0.5) | options)
+            results = [upscale(picture(16, 16), vosr, steps=5, **o) for o in both]
             assert np.array_equal(*results) == same
 
 

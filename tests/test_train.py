@@ -109,7 +109,8 @@ def start(out, steps, *more, ranks=1, code=0):
 
 
 def test_wrong_settings_end_in_one_line_before_anything_is_loaded(tmp_path):
-    for words, reason in ((("--resolution", "20"), "--resolution is a multiple of 16"),
+    for words, reason in ((("--resolution", "20"), "--dim is a multiple of 4 x --num_heads, --resolution of"),
+                          (("--save_every", "0"), "--save_every starts at 1"),
                           (("--ae_type", "foo"), "--ae_type is one of tiny"),
                           (("--device", "foo"), "device 'foo' is not available"),
                           (("--data", "nowhere"), "nowhere does not exist"),
