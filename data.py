@@ -1,6 +1,6 @@
 """Pictures in and out, the degradation that makes LR from HR, and where training pictures come from.
 
-    python data.py show photos/                  # contact_sheet.png: HR | LR | the parameters that were drawn
+    python data.py show photos/                         # contact_sheet.png: HR | LR | what was drawn
     python data.py show procedural --degradation mild   # pictures that need no download, milder
 
 In this order: image files, the degradation (one function per operation, then draw_degradation and degrade),

@@ -21,15 +21,14 @@ from model import (
     ModelConfig,
     TinyAutoencoder,
     both_branches,
-    find_weights,
     frozen_paths,
+    keeps_semantic_encoder,
     load_dit,
     load_semantic_encoder,
     load_vae,
     model_folder,
     partial_condition,
     read_json,
-    read_tensors,
     settings,
 )
 from train import check, export, frozen, mix_conditions, per_sample, place, preview_pairs, run
@@ -168,7 +167,7 @@ def one_step(student, z1, c_str, c_sem):
 def load_around(cfg, device, path, student):
     """Frozen bundle around the DiT of `path`; for tiny with the semantic encoder that it learned with.
 
-    The shape of this run's network becomes that of the DiT. Raises ValueError for one of the other kind.
+    Raises ValueError when that DiT is not of the shape of this run's, or not a student where one is wanted.
     """
     vosr = frozen(cfg, device)
     vosr.dit = load_dit(path).to(device).eval().requires_grad_(False)
@@ -182,8 +181,8 @@ def load_around(cfg, device, path, student):
             raise ValueError(f"{path} has {field.name} {theirs}, this run {mine}: choose its --preset, "
                              f"or give --{field.name}")
     if cfg.ae_type == "tiny":
-        beside = any(name.startswith("semantic_encoder.") for name in read_tensors(find_weights(path)))
-        semantic = load_semantic_encoder(path if beside else frozen_paths(cfg, cfg.weights)[1], cfg)
+        beside = path if keeps_semantic_encoder(path) else frozen_paths(cfg, cfg.weights)[1]
+        semantic = load_semantic_encoder(beside, cfg)
         vosr.semantic_encoder = semantic.to(device).eval().requires_grad_(False)
     cfg.auxiliary_time_cond = True                                              # what this run makes or uses
     return vosr
@@ -231,8 +230,8 @@ def edges(x):
 
 def pixel_loss(image, target):
     """L1 of the pixels plus half the L1 of the differences between neighbours, which asks for sharp edges."""
-    return F.l1_loss(image, target) + 0.5 * sum(F.l1_loss(a, b) for a, b in zip(edges(image), edges(target),
-                                                                               strict=True))
+    pairs = zip(edges(image), edges(target), strict=True)
+    return F.l1_loss(image, target) + 0.5 * sum(F.l1_loss(a, b) for a, b in pairs)
 
 
 def autoencoder(cfg, device):
@@ -255,9 +254,10 @@ def autoencoder(cfg, device):
         return (torch.cat([hr, lr[: len(lr) // 4]]),)
 
     hr, _ = preview_pairs(cfg, device)
-    vae = TinyAutoencoder().to(memory_format=torch.channels_last)               # 1.3 times faster on a CPU
+    shape = {"latent_channels": 16, "widths": [64, 96]}
+    vae = TinyAutoencoder(**shape).to(memory_format=torch.channels_last)        # 1.3 times faster on a CPU
     ema = run(cfg, vae, loss_fn, prepare, lambda vae: torch.stack([hr, vae.decode(vae.encode(hr))]))
-    return "vae", ema, {"latent_channels": 16, "widths": [64, 96]}, "config.json"
+    return "vae", ema, shape, "config.json"
 
 
 def decoder(cfg, device):
@@ -269,7 +269,8 @@ def decoder(cfg, device):
     student = cfg.teacher or Path(cfg.weights, "tiny/os")
     vosr = load_around(cfg, device, student, student=True)
     cfg.tau = read_json(model_folder(student) / "args.json").get("tau", 1.0)    # the noise it is used with
-    vae = load_vae(frozen_paths(cfg, cfg.weights)[0])
+    vae_path = frozen_paths(cfg, cfg.weights)[0]
+    vae = load_vae(vae_path)
     vae.encoder.requires_grad_(False)
 
     @torch.no_grad()
@@ -293,7 +294,7 @@ def decoder(cfg, device):
         return torch.stack([lr, vosr.decode(z0), vae.decode(z0), hr])
 
     ema = run(cfg, vae, loss_fn, prepare, preview)
-    return "vae", ema, {"latent_channels": 16, "widths": [64, 96]}, "config.json"
+    return "vae", ema, read_json(vae_path / "config.json"), "config.json"
 
 
 def main():

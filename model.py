@@ -822,6 +822,11 @@ def frozen_paths(cfg, weights):
     return tuple(Path(weights, path) for path in FROZEN[cfg.ae_type])
 
 
+def keeps_semantic_encoder(folder):
+    """Whether the weights of a tiny run hold the semantic encoder that its DiT learned with."""
+    return any(name.startswith("semantic_encoder.") for name in read_tensors(find_weights(folder)))
+
+
 def load_semantic_encoder(path, cfg):
     """DINOv2 from its .pth file (the size is read off the tensors), or the tiny encoder from a folder.
 

@@ -41,11 +41,12 @@ from model import (
     find_weights,
     frozen_paths,
     guided_velocity,
+    keeps_semantic_encoder,
     load_dit,
     load_semantic_encoder,
     load_vae,
+    model_folder,
     read_json,
-    read_tensors,
 )
 
 MULTI_STEP = dict(steps=25, cfg_scale=0.5)  # the authors' practical default; they use -0.5 on RealSR
@@ -365,10 +366,8 @@ def find_model(model, steps, weights):
     name = model if f"{model}-ms" not in DEFAULTS else f"{model}-os" if steps <= 4 else f"{model}-ms"
     if name in DEFAULTS:
         return Path(weights, DEFAULTS[name]["folder"]), DEFAULTS[name]
-    folder = Path(model)
-    last = folder / "last" if folder.is_dir() else folder  # of a training run: names its newest checkpoint
-    if last.name == "last" and last.is_file():
-        folder = last.parent / last.read_text().strip()
+    last = Path(model, "last")  # of a training run: names its newest checkpoint
+    folder = model_folder(last if last.is_file() else model)
     if not (folder / "args.json").is_file():
         raise ValueError(f"unknown model {model!r}: {', '.join(FAMILIES)}, or with -ms or -os at the end, "
                          "or a folder that holds args.json and weights")
@@ -401,7 +400,7 @@ def load(model="tiny", steps=1, weights="weights", dtype="auto", device="auto"):
     vae, semantic = frozen_paths(ModelConfig(ae_type=ae_type), weights)
     decoder = Path(weights, "sd21_lwdecoder.pth") if ae_type == "sd2" else None
     ours = ae_type == "tiny"
-    if ours and not row and "semantic_encoder.mix.weight" in read_tensors(find_weights(folder)):
+    if ours and not row and keeps_semantic_encoder(folder):
         semantic = folder
     files = [path for path in (semantic, decoder) if path and path.suffix == ".pth"]
     folders = {} if semantic in files else {semantic: ("config.json", "model.safetensors")}

@@ -92,6 +92,16 @@ def test_two_ranks_share_the_crops_of_one_process_and_draw_their_own_random_numb
     assert all(not torch.equal(a[key], b[key]) for key in ("t", "noise", "alpha", "strength", "struct_noise"))
 
 
+def test_accumulated_micro_batches_see_the_crops_of_one_large_batch():
+    def crops(count, **sizes):
+        cfg = Config(resolution=80, max_train_steps=2, cache=0, **sizes)
+        stream = train.batches(cfg, lambda hr, lr: (hr,), 0, 0, 1, torch.device("cpu"))
+        return torch.cat([next(stream)[0] for _ in range(count)])
+
+    whole = crops(1, train_batch_size=4)
+    assert torch.equal(whole, crops(2, train_batch_size=2, gradient_accumulation_steps=2))
+
+
 def test_learning_rate_is_constant_and_then_a_cosine_to_zero():
     cfg = Config(learning_rate=1.0, lr_decay=0.5, max_train_steps=100)
     assert train.rate(cfg, 0) == train.rate(cfg, 50) == 1.0
