@@ -7,11 +7,12 @@ of the published files. One class per network: a size is data.
 import json
 import math
 from collections import OrderedDict
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
 from pickle import UnpicklingError
+from zipfile import is_zipfile
 
 import torch
 import torch.nn.functional as F
@@ -47,17 +48,7 @@ class ModelConfig:
 
 
 # ---------------------------------------------------------------- diffusion transformer (Sec. 3.2, Fig. 2)
-class RMSNorm(nn.Module):
-    """Holds the gain; kernels.norm has the formula."""
-
-    def __init__(self, dim):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x):
-        return rms_norm(x, self.weight)
-
-
+# nn.RMSNorm only holds the gains here; kernels.norm has the formula.
 class TimeEmbedder(nn.Module):
     """s (B,) in [0, 1], used as it is (not times 1000) -> (B, D). Cosines first."""
 
@@ -104,7 +95,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.q_norm, self.k_norm = RMSNorm(dim // heads), RMSNorm(dim // heads)
+        self.q_norm, self.k_norm = nn.RMSNorm(dim // heads), nn.RMSNorm(dim // heads)
 
     def forward(self, x, rope):
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))                          # (B, T, 3, H, d)
@@ -119,13 +110,14 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.q_linear, self.k_linear, self.v_linear, self.proj = (nn.Linear(dim, dim) for _ in range(4))
-        self.q_norm, self.k_norm = RMSNorm(dim // heads), RMSNorm(dim // heads)
+        self.q_norm, self.k_norm = nn.RMSNorm(dim // heads), nn.RMSNorm(dim // heads)
 
     def forward(self, x, s):
         """x (B, T, D), s (B, N, D) -> (B, T, D)."""
         q, k, v = (f(a).unflatten(-1, (self.heads, -1)) for f, a in
                    ((self.q_linear, x), (self.k_linear, s), (self.v_linear, s)))      # (B, T or N, H, d)
-        return self.proj(attention(self.q_norm(q), self.k_norm(k), v))
+        q, k = rms_norm(q, self.q_norm.weight), rms_norm(k, self.k_norm.weight)
+        return self.proj(attention(q, k, v))
 
 
 class SwiGLU(nn.Module):
@@ -146,7 +138,7 @@ class Block(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.norm1, self.norm2 = RMSNorm(cfg.dim), RMSNorm(cfg.dim)
+        self.norm1, self.norm2 = nn.RMSNorm(cfg.dim), nn.RMSNorm(cfg.dim)
         self.attn = Attention(cfg.dim, cfg.num_heads)
         self.cross_attn = CrossAttention(cfg.dim, cfg.num_heads)
         self.mlp = SwiGLU(cfg.dim, cfg.mlp_ratio)
@@ -172,11 +164,10 @@ class PatchEmbed(nn.Module):
 class FinalLayer(nn.Module):
     def __init__(self, dim, out):
         super().__init__()
-        self.norm_final, self.linear = RMSNorm(dim), nn.Linear(dim, out)
+        self.norm_final, self.linear = nn.RMSNorm(dim), nn.Linear(dim, out)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
 
-    def forward(self, x, c):
-        shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)
+    def forward(self, x, shift, scale):
         return self.linear(rms_modulate(x, self.norm_final.weight, shift, scale))
 
 
@@ -242,13 +233,14 @@ class DiT(nn.Module):
             if r is not None:
                 c = c + self.r_embedder(r) * (t - r)[:, None].to(c.dtype)             # vanishes at r = t
             time = self.t_block(c).unflatten(-1, (6, -1))                             # (B, 6, D), all blocks
+            last = self.final_layer.adaLN_modulation(c)[:, None].chunk(2, dim=-1)     # (B, 1, D), twice
         s = self.mlp_ca(self.layer_norm(c_sem))                                       # (B, N, D), all blocks
         rope = rope_table(height, width, self.native, self.cfg.dim // self.cfg.num_heads, z_t.device)
 
-        x = self.x_embedder(torch.cat([c_str, z_t], dim=1))                           # (B, T, D)
+        x = self.x_embedder(torch.cat([c_str, z_t], dim=1)).to(time.dtype)            # (B, T, D)
         for block in self.blocks:
             x = block(x, time, s, rope)
-        x = self.final_layer(x, c).unflatten(-1, (p, p, -1))                          # (B, T, p, p, C)
+        x = self.final_layer(x, *last).unflatten(-1, (p, p, -1))                      # (B, T, p, p, C)
         x = x.unflatten(1, (height, width)).permute(0, 5, 1, 3, 2, 4)                 # (B, C, h/p, p, w/p, p)
         return x.flatten(4, 5).flatten(2, 3)
 
@@ -279,6 +271,14 @@ def guided_velocity(net, z, t, c_str, c_sem, alpha, cfg_scale):
 
 # ---------------------------------------------------------------- autoencoders: image <-> latent
 # Interface of all three: encode(image, noise) -> normalised latent; decode(latent) -> image, not clamped.
+conv3 = partial(nn.Conv2d, kernel_size=3, padding=1)
+
+
+def chain(**modules):
+    """One module after the other, under the names of the published files."""
+    return nn.Sequential(OrderedDict(modules))
+
+
 def group_norm(channels, groups=32):
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
@@ -297,8 +297,8 @@ class ChannelNorm(nn.Module):
 class ResBlock(nn.Module):
     def __init__(self, cin, cout, norm):
         super().__init__()
-        self.norm1, self.conv1 = norm(cin), nn.Conv2d(cin, cout, 3, padding=1)
-        self.norm2, self.conv2 = norm(cout), nn.Conv2d(cout, cout, 3, padding=1)
+        self.norm1, self.conv1 = norm(cin), conv3(cin, cout)
+        self.norm2, self.conv2 = norm(cout), conv3(cout, cout)
         self.conv_shortcut = nn.Conv2d(cin, cout, 1) if cin != cout else nn.Identity()
 
     def forward(self, x):
@@ -341,77 +341,57 @@ class MidBlock(nn.Module):
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
 
+def level(widths, norm, **resample):
+    """Residual blocks of one resolution, then (not at the last level) a change of resolution."""
+    return chain(resnets=nn.Sequential(*(ResBlock(a, b, norm) for a, b in pairwise(widths))),
+                 **{name: nn.Sequential(module) for name, module in resample.items()})
+
+
 def downsample(c):
     """Halve the side: one zero column right, one zero row below, 3x3 convolution with stride 2."""
-    return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(c, c, 3, stride=2)))
+    return chain(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(c, c, 3, stride=2))
 
 
 def upsample(c, out):
-    return nn.Sequential(OrderedDict(up=nn.Upsample(scale_factor=2.0), conv=nn.Conv2d(c, out, 3, padding=1)))
+    return chain(up=nn.Upsample(scale_factor=2.0), conv=conv3(c, out))
 
 
-def qwen_name(resampling):
-    """The Qwen files call the same convolution resample.1."""
-    return nn.Sequential(OrderedDict(resample=nn.Sequential(*resampling)))
+def sd_encoder(channels, layers, latent, norm=group_norm):
+    """SD2.1: image (B, 3, H, W) -> moments (B, 2 latent, H/8, W/8) before quant_conv."""
+    last, levels = channels[-1], []
+    for i, (a, b) in enumerate(pairwise([channels[0], *channels])):
+        down = {"downsamplers": downsample(b)} if i < len(channels) - 1 else {}
+        levels.append(level([a] + [b] * layers, norm, **down))
+    return chain(conv_in=conv3(3, channels[0]), down_blocks=nn.Sequential(*levels),
+                 mid_block=MidBlock(last, norm, PixelAttention), conv_norm_out=norm(last), silu=nn.SiLU(),
+                 conv_out=conv3(last, 2 * latent))
 
 
-def level(widths, norm, **resample):
-    """Residual blocks of one resolution, then (not at the last level) a change of resolution."""
-    blocks = nn.Sequential(*(ResBlock(a, b, norm) for a, b in pairwise(widths)))
-    return nn.Sequential(OrderedDict(resnets=blocks, **{n: nn.Sequential(m) for n, m in resample.items()}))
-
-
-class Encoder(nn.Module):
-    """SD2.1 encoder: image (B, 3, H, W) -> moments (B, 2 latent, H/8, W/8) before quant_conv."""
-
-    def __init__(self, channels, layers, latent, norm=group_norm):
-        super().__init__()
-        levels = [level([channels[max(i - 1, 0)]] + [c] * layers, norm,
-                        **({"downsamplers": downsample(c)} if i < len(channels) - 1 else {}))
-                  for i, c in enumerate(channels)]
-        self.conv_in = nn.Conv2d(3, channels[0], 3, padding=1)
-        self.down_blocks = nn.Sequential(*levels)
-        self.mid_block, self.conv_norm_out = MidBlock(channels[-1], norm, PixelAttention), norm(channels[-1])
-        self.conv_out = nn.Conv2d(channels[-1], 2 * latent, 3, padding=1)
-
-    def forward(self, x):
-        x = self.mid_block(self.down_blocks(self.conv_in(x)))
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
-
-
-class Decoder(nn.Module):
-    """SD2.1 decoder: latent (B, latent, h, w) -> image (B, 3, 8h, 8w). Narrow channels: the light one."""
-
-    def __init__(self, channels, layers, latent, norm=group_norm):
-        super().__init__()
-        widths = list(channels)[::-1]
-        levels = [level([widths[max(i - 1, 0)]] + [c] * (layers + 1), norm,
-                        **({"upsamplers": upsample(c, c)} if i < len(widths) - 1 else {}))
-                  for i, c in enumerate(widths)]
-        self.conv_in = nn.Conv2d(latent, widths[0], 3, padding=1)
-        self.mid_block, self.up_blocks = MidBlock(widths[0], norm, PixelAttention), nn.Sequential(*levels)
-        self.conv_norm_out, self.conv_out = norm(widths[-1]), nn.Conv2d(widths[-1], 3, 3, padding=1)
-
-    def forward(self, z):
-        x = self.up_blocks(self.mid_block(self.conv_in(z)))
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+def sd_decoder(channels, layers, latent, norm=group_norm):
+    """SD2.1: latent (B, latent, h, w) -> image (B, 3, 8h, 8w). Narrow channels: the light one (Sec. 4.1)."""
+    first, last, levels = channels[-1], channels[0], []
+    for i, (a, b) in enumerate(pairwise([first, *channels[::-1]])):
+        up = {"upsamplers": upsample(b, b)} if i < len(channels) - 1 else {}
+        levels.append(level([a] + [b] * (layers + 1), norm, **up))
+    return chain(conv_in=conv3(latent, first), mid_block=MidBlock(first, norm, PixelAttention),
+                 up_blocks=nn.Sequential(*levels), conv_norm_out=norm(last), silu=nn.SiLU(),
+                 conv_out=conv3(last, 3))
 
 
 class AutoencoderKL(nn.Module):
-    """SD2.1 autoencoder, 4 channels, f8. `light_channels`: the paper's light decoder instead (Sec. 4.1)."""
+    """SD2.1 autoencoder, 4 channels, f8; load_vae can put the light decoder into it."""
 
     def __init__(self, block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
-                 norm_num_groups=32, scaling_factor=0.18215, light_channels=None):
+                 norm_num_groups=32, scaling_factor=0.18215):
         super().__init__()
         self.scaling_factor, norm = scaling_factor, partial(group_norm, groups=norm_num_groups)
-        self.encoder = Encoder(block_out_channels, layers_per_block, latent_channels, norm)
+        self.encoder = sd_encoder(block_out_channels, layers_per_block, latent_channels, norm)
         self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
-        self.decoder = Decoder(light_channels or block_out_channels, layers_per_block, latent_channels, norm)
-        self.post_quant_conv = (nn.Identity() if light_channels else  # the light decoder needs none
-                                nn.Conv2d(latent_channels, latent_channels, 1))
+        self.decoder = sd_decoder(block_out_channels, layers_per_block, latent_channels, norm)
+        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
 
     def moments(self, image):
-        """image (B, 3, H, W) in [-1, 1] -> mean, logvar (B, 4, H/8, W/8) of the posterior."""
+        """image (B, 3, H, W) in [-1, 1] -> mean, logvar (B, C, H/8, W/8) of the posterior."""
         mean, logvar = self.quant_conv(self.encoder(image)).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
@@ -423,41 +403,30 @@ class AutoencoderKL(nn.Module):
         return self.decoder(self.post_quant_conv(z / self.scaling_factor))
 
 
-class QwenEncoder(nn.Module):
-    def __init__(self, base, mult, layers, latent):
-        super().__init__()
-        widths, blocks = [base] + [base * m for m in mult], []
-        for i, (a, b) in enumerate(pairwise(widths)):
-            blocks += [ResBlock(a if j == 0 else b, b, ChannelNorm) for j in range(layers)]
-            if i < len(mult) - 1:
-                blocks.append(qwen_name(downsample(b)))
-        self.conv_in = nn.Conv2d(3, base, 3, padding=1)
-        self.down_blocks = nn.Sequential(*blocks)
-        self.mid_block = MidBlock(widths[-1], ChannelNorm, QwenAttention)
-        self.norm_out = ChannelNorm(widths[-1])
-        self.conv_out = nn.Conv2d(widths[-1], 2 * latent, 3, padding=1)
-
-    def forward(self, x):
-        x = self.mid_block(self.down_blocks(self.conv_in(x)))
-        return self.conv_out(F.silu(self.norm_out(x)))
+def qwen_resample(module):
+    """The Qwen files call the convolution resample.1."""
+    return chain(resample=nn.Sequential(*module))
 
 
-class QwenDecoder(nn.Module):
-    def __init__(self, base, mult, layers, latent):
-        super().__init__()
-        widths, levels = [base * m for m in reversed(mult)], []
-        for i, c in enumerate(widths):
-            entry = widths[0] if i == 0 else widths[i - 1] // 2  # upsampling halves the channels
-            up = {"upsamplers": qwen_name(upsample(c, c // 2))} if i < len(mult) - 1 else {}
-            levels.append(level([entry] + [c] * (layers + 1), ChannelNorm, **up))
-        self.conv_in = nn.Conv2d(latent, widths[0], 3, padding=1)
-        self.mid_block = MidBlock(widths[0], ChannelNorm, QwenAttention)
-        self.up_blocks = nn.Sequential(*levels)
-        self.norm_out, self.conv_out = ChannelNorm(widths[-1]), nn.Conv2d(widths[-1], 3, 3, padding=1)
+def qwen_encoder(base, mult, layers, latent):
+    widths, blocks = [base] + [base * m for m in mult], []
+    for i, (a, b) in enumerate(pairwise(widths)):
+        blocks += [ResBlock(a if j == 0 else b, b, ChannelNorm) for j in range(layers)]
+        blocks += [qwen_resample(downsample(b))] if i < len(mult) - 1 else []
+    return chain(conv_in=conv3(3, base), down_blocks=nn.Sequential(*blocks),
+                 mid_block=MidBlock(b, ChannelNorm, QwenAttention), norm_out=ChannelNorm(b), silu=nn.SiLU(),
+                 conv_out=conv3(b, 2 * latent))
 
-    def forward(self, z):
-        x = self.up_blocks(self.mid_block(self.conv_in(z)))
-        return self.conv_out(F.silu(self.norm_out(x)))
+
+def qwen_decoder(base, mult, layers, latent):
+    widths, levels = [base * m for m in reversed(mult)], []
+    for i, c in enumerate(widths):
+        entry = widths[i - 1] // 2 if i else c  # upsampling halves the channels
+        up = {"upsamplers": qwen_resample(upsample(c, c // 2))} if i < len(mult) - 1 else {}
+        levels.append(level([entry] + [c] * (layers + 1), ChannelNorm, **up))
+    return chain(conv_in=conv3(latent, widths[0]), mid_block=MidBlock(widths[0], ChannelNorm, QwenAttention),
+                 up_blocks=nn.Sequential(*levels), norm_out=ChannelNorm(c), silu=nn.SiLU(),
+                 conv_out=conv3(c, 3))
 
 
 class QwenVAE(nn.Module):
@@ -466,16 +435,14 @@ class QwenVAE(nn.Module):
     def __init__(self, latents_mean, latents_std, base_dim=96, z_dim=16, dim_mult=(1, 2, 4, 4),
                  num_res_blocks=2):
         super().__init__()
-        self.encoder = QwenEncoder(base_dim, dim_mult, num_res_blocks, z_dim)
+        self.encoder = qwen_encoder(base_dim, dim_mult, num_res_blocks, z_dim)
         self.quant_conv, self.post_quant_conv = nn.Conv2d(2 * z_dim, 2 * z_dim, 1), nn.Conv2d(z_dim, z_dim, 1)
-        self.decoder = QwenDecoder(base_dim, dim_mult, num_res_blocks, z_dim)
+        self.decoder = qwen_decoder(base_dim, dim_mult, num_res_blocks, z_dim)
         for name, values in (("latents_mean", latents_mean), ("latents_std", latents_std)):
             value = torch.tensor(values, device="cpu").view(1, -1, 1, 1)  # real also in a network on meta
             self.register_buffer(name, value, persistent=False)
 
-    def moments(self, image):
-        mean, logvar = self.quant_conv(self.encoder(image)).chunk(2, dim=1)
-        return mean, logvar.clamp(-30, 20)
+    moments = AutoencoderKL.moments
 
     def encode(self, image, noise=None):
         mean, logvar = self.moments(image)
@@ -491,7 +458,7 @@ class TinyRes(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.conv1, self.conv2 = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+        self.conv1, self.conv2 = conv3(channels, channels), conv3(channels, channels)
         nn.init.zeros_(self.conv2.weight)
         nn.init.zeros_(self.conv2.bias)
 
@@ -509,13 +476,12 @@ class TinyAutoencoder(nn.Module):
         super().__init__()
         a, b = widths
         self.encoder = nn.Sequential(
-            nn.PixelUnshuffle(4), nn.Conv2d(48, a, 3, padding=1), TinyRes(a), TinyRes(a),               # 1/4
-            nn.PixelUnshuffle(2), nn.Conv2d(4 * a, b, 1), TinyRes(b),                                   # 1/8
-            nn.Conv2d(b, latent_channels, 3, padding=1))
+            nn.PixelUnshuffle(4), conv3(48, a), TinyRes(a), TinyRes(a),                              # 1/4
+            nn.PixelUnshuffle(2), nn.Conv2d(4 * a, b, 1), TinyRes(b), conv3(b, latent_channels))     # 1/8
         self.decoder = nn.Sequential(
-            nn.Conv2d(latent_channels, b, 3, padding=1), TinyRes(b), nn.Conv2d(b, 4 * a, 1),            # 1/8
-            nn.PixelShuffle(2), TinyRes(a), TinyRes(a), nn.Conv2d(a, 2 * a, 1),                         # 1/4
-            nn.PixelShuffle(2), TinyRes(a // 2), nn.Conv2d(a // 2, 12, 3, padding=1), nn.PixelShuffle(2))
+            conv3(latent_channels, b), TinyRes(b), nn.Conv2d(b, 4 * a, 1),                           # 1/8
+            nn.PixelShuffle(2), TinyRes(a), TinyRes(a), nn.Conv2d(a, 2 * a, 1),                      # 1/4
+            nn.PixelShuffle(2), TinyRes(a // 2), conv3(a // 2, 12), nn.PixelShuffle(2))
         self.register_buffer("latents_mean", torch.zeros(1, latent_channels, 1, 1))
         self.register_buffer("latents_std", torch.ones(1, latent_channels, 1, 1))
 
@@ -528,15 +494,6 @@ class TinyAutoencoder(nn.Module):
 
 
 # ---------------------------------------------------------------- semantic encoders: image -> c_sem
-class LayerScale(nn.Module):
-    def __init__(self, dim):
-        super().__init__()
-        self.gamma = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x):
-        return x * self.gamma
-
-
 class ViTAttention(nn.Module):
     def __init__(self, dim, heads):
         super().__init__()
@@ -550,12 +507,12 @@ class ViTBlock(nn.Module):
     def __init__(self, dim, heads, ratio):
         super().__init__()
         self.norm1, self.norm2 = (nn.LayerNorm(dim, eps=1e-6) for _ in range(2))
-        self.ls1, self.ls2 = LayerScale(dim), LayerScale(dim)
+        self.ls1, self.ls2 = (nn.ParameterDict({"gamma": torch.ones(dim)}) for _ in range(2))
         self.attn, self.mlp = ViTAttention(dim, heads), Mlp(dim, int(dim * ratio), dim)
 
     def forward(self, x):
-        x = x + self.ls1(self.attn(self.norm1(x)))
-        return x + self.ls2(self.mlp(self.norm2(x)))
+        x = x + self.ls1["gamma"] * self.attn(self.norm1(x))
+        return x + self.ls2["gamma"] * self.mlp(self.norm2(x))
 
 
 class DINOv2(nn.Module):
@@ -612,7 +569,7 @@ class TinySemanticEncoder(nn.Module):
         widths = (3, 32, 64, enc_dim)
         self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1)
                                    for a, b in pairwise(widths))
-        self.mix = nn.Conv2d(enc_dim, enc_dim, 3, padding=1)
+        self.mix = conv3(enc_dim, enc_dim)
 
     def forward(self, image):
         x = F.avg_pool2d(image, 4)                                                    # about the LR size
@@ -662,20 +619,20 @@ def choose_device(name):
 def read_json(path):
     """Dict of a JSON file."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no settings")
-    return content
+        return dict(json.loads(Path(path).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read as JSON settings ({error})") from None
 
 
 def read_tensors(path):
-    """Tensors of a .safetensors file, or of a .pth file through the restricted unpickler (no code runs)."""
+    """Tensors of a .safetensors file, or of a .pth file through the restricted unpickler (no code runs).
+
+    They are views of the mapped file: memory is taken only for what is converted or written to.
+    """
     try:
         if str(path).endswith(".safetensors"):
             return load_file(path)
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
     except FileNotFoundError:
         raise ValueError(f"{path} is missing") from None
     except UnpicklingError:
@@ -687,24 +644,48 @@ def read_tensors(path):
     return tensors
 
 
-def load_strict(net, tensors, source):
-    """Copy `tensors` into `net`; a net on the meta device takes them over instead, in its own dtype.
+PREFIXES = ("module.", "_orig_mod.", "ema_model.")  # left by DDP, torch.compile, EMA wrappers, even nested
+
+
+def load_strict(net, tensors, source, network="this network"):
+    """Copy `tensors` into `net`; a net on the meta device takes them over instead, in its own dtypes.
 
     Raises ValueError naming the file and the first missing, extra or misshaped tensor.
     """
-    for prefix in ("module.", "_orig_mod.", "ema_model."):  # left by DDP, torch.compile, EMA wrappers
+    for prefix in 2 * PREFIXES:
         if all(name.startswith(prefix) for name in tensors):
             tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
     want = net.state_dict()
     rope = {name for name in want if name.startswith("feat_rope.")}  # tables that can be recomputed
-    missing, extra = want.keys() - tensors.keys() - rope, tensors.keys() - want.keys()
-    shapes = [n for n in want.keys() & tensors.keys() if want[n].shape != tensors[n].shape]
-    for what, names in (("lacks", missing), ("has the unknown", extra), ("has another shape of", shapes)):
+    known = {n for n, v in tensors.items() if n in want and torch.is_tensor(v) and v.is_floating_point()}
+    shapes = {n for n in known if want[n].shape != tensors[n].shape}
+    tables = {n for n in known & rope - shapes if (want[n].cpu() - tensors[n]).abs().max() > 0.01}
+    for what, names in (("lacks", want.keys() - tensors.keys() - rope),
+                        ("has the unknown", tensors.keys() - known), ("has another shape of", shapes),
+                        ("was trained with other positions than", tables)):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise ValueError(f"{source} {what} {min(names)}{more}: not the weights of this network")
+            raise ValueError(f"{source} {what} {min(names)}{more}: not the weights of {network}")
     tensors = {name: tensors.get(name, value).to(value.dtype) for name, value in want.items()}
     net.load_state_dict(tensors, assign=any(p.is_meta for p in net.parameters()))
+    return net
+
+
+def build(make, source):
+    """make() on the meta device: no time and memory for initial values that are overwritten."""
+    try:
+        with torch.device("meta"):
+            return make()
+    except (TypeError, ValueError, KeyError, RuntimeError, ArithmeticError) as error:
+        raise ValueError(f"{source} describes no network: {str(error).splitlines()[0]}") from None
+
+
+def halve(net, dtype):
+    """A DiT's products and convolutions in half precision, for autocast; norms and time stay float32."""
+    for name, module in net.named_modules() if dtype else ():
+        of_time = name.startswith(("t_", "r_", "final_layer.adaLN"))
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and not of_time:
+            module.to(dtype)
     return net
 
 
@@ -724,14 +705,26 @@ def find_weights(folder):
     raise ValueError(f"{folder} has no ema_model.safetensors or model.safetensors")
 
 
-def read_config(cls, args, source):
-    """Fields of a dataclass from a dict that may hold more."""
+def find_settings(folder):
+    """The args.json of a model folder: in it or, as the official scripts look, up to four levels above."""
+    folder = model_folder(folder)
+    for place in (folder, *folder.absolute().parents[:4]):
+        if (place / "args.json").is_file():
+            return place / "args.json"
+    raise ValueError(f"{folder} has no args.json")
+
+
+def read_config(args, source):
+    """ModelConfig from a dict that may hold more."""
     if missing := {"dim", "depth", "num_heads"} - args.keys():
         raise ValueError(f"{source} has no {min(missing)}: not the args.json of a DiT")
     if off := [n for n in ("use_qknorm", "use_swiglu", "use_rope", "use_rmsnorm") if not args.get(n, True)]:
         raise ValueError(f"{source} switches {off[0]} off: no published network does, and this code cannot")
-    kept = {f.name: args[f.name] for f in fields(cls) if f.name in args}
-    return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in kept.items()})
+    known = {name: type(like) for name, like in asdict(ModelConfig()).items() if name in args}
+    try:
+        return ModelConfig(**{name: kind(args[name]) for name, kind in known.items()})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source} has a value of the wrong kind: {error}") from None
 
 
 OFFICIAL = dict(alpha="weak_cond_strength_aelq_list", init="pretrained_ckpt", teacher="teacher_ckpt",
@@ -750,15 +743,20 @@ def settings(cfg, paths=True):
     return stored | {theirs: stored[ours] for ours, theirs in OFFICIAL.items() if ours in stored} | fixed
 
 
-def load_dit(folder):
-    """DiT of a published or own folder (args.json + weights). The file's keys decide about r_embedder."""
-    source, settings = find_weights(folder), model_folder(folder) / "args.json"
-    tensors = read_tensors(source)
-    cfg = read_config(ModelConfig, read_json(settings), settings)
-    cfg.auxiliary_time_cond = any("r_embedder." in name for name in tensors)
-    with torch.device("meta"):  # no time and memory for an initialisation that is overwritten
-        net = DiT(cfg)
-    return load_strict(net, {n: v for n, v in tensors.items() if "semantic_encoder." not in n}, source)
+def load_dit(folder, half=None):
+    """DiT of a published or own folder; half: dtype of its products, see halve.
+
+    args.json says what the network is, and the tensors must agree. Whether there is an r_embedder is their
+    word; args.json may be silent about it (published files are), but not contradict.
+    """
+    source, path = find_weights(folder), find_settings(folder)
+    args = read_json(path)
+    tensors = {n: v for n, v in read_tensors(source).items() if "semantic_encoder." not in n}
+    cfg = read_config(args | {"auxiliary_time_cond": any("r_embedder." in name for name in tensors)}, path)
+    if args.get("auxiliary_time_cond") not in (None, cfg.auxiliary_time_cond):
+        raise ValueError(f"{source} {'has' if cfg.auxiliary_time_cond else 'lacks'} r_embedder, "
+                         f"against auxiliary_time_cond in {path}")
+    return load_strict(build(lambda: halve(DiT(cfg), half), path), tensors, source, f"the network in {path}")
 
 
 def start_from(folder, net):
@@ -779,33 +777,33 @@ def rename_attention(tensors):
     return tensors
 
 
-AUTOENCODERS = {  # which fields of config.json each takes; the first one tells them apart
-    AutoencoderKL: ("block_out_channels", "layers_per_block", "latent_channels", "norm_num_groups",
-                    "scaling_factor"),
-    QwenVAE: ("base_dim", "latents_mean", "latents_std", "z_dim", "dim_mult", "num_res_blocks"),
-    TinyAutoencoder: ("widths", "latent_channels")}
+AUTOENCODERS = {  # per ae_type: class, and fields of config.json that it takes; the first tells them apart
+    "sd2": (AutoencoderKL, ("block_out_channels", "layers_per_block", "latent_channels", "norm_num_groups",
+                            "scaling_factor")),
+    "qwen": (QwenVAE, ("base_dim", "latents_mean", "latents_std", "z_dim", "dim_mult", "num_res_blocks")),
+    "tiny": (TinyAutoencoder, ("widths", "latent_channels"))}
 
 
-def load_vae(folder, light_decoder=None):
+def load_vae(folder, light_decoder=None, ae_type=None):
     """Autoencoder of a folder with config.json; its fields tell which of the three it is.
 
     light_decoder: a torch file {"config", "model_state_dict"} that replaces the SD2.1 decoder.
     """
-    config, source = read_json(Path(folder) / "config.json"), find_weights(folder)
-    for cls, names in AUTOENCODERS.items():
-        if names[0] in config:
-            with torch.device("meta"):
-                vae = cls(**{name: config[name] for name in names if name in config})
-            load_strict(vae, rename_attention(read_tensors(source)), source)
-            break
-    else:
-        raise ValueError(f"{folder}/config.json is not the configuration of an autoencoder that VOSR uses")
+    path, source = Path(folder) / "config.json", find_weights(folder)
+    config = read_json(path)
+    kind = next((kind for kind, (_, names) in AUTOENCODERS.items() if names[0] in config), "none")
+    if kind != (ae_type or kind) or kind == "none":
+        raise ValueError(f"{path} is not the configuration of the {ae_type or 'VOSR'} autoencoder")
+    cls, names = AUTOENCODERS[kind]
+    vae = build(lambda: cls(**{name: config[name] for name in names if name in config}), path)
+    load_strict(vae, rename_attention(read_tensors(source)), source, f"the autoencoder in {path}")
     if light_decoder:
         stored = read_tensors(light_decoder)
         if not {"config", "model_state_dict"} <= stored.keys():
             raise ValueError(f"{light_decoder} lacks config or model_state_dict: not the light decoder")
-        shape = [stored["config"][n] for n in ("block_out_channels", "layers_per_block", "in_channels")]
-        vae.decoder = load_strict(Decoder(*shape), stored["model_state_dict"], light_decoder)
+        shape = ("block_out_channels", "layers_per_block", "in_channels")
+        decoder = build(lambda: sd_decoder(*(stored["config"][n] for n in shape)), light_decoder)
+        vae.decoder = load_strict(decoder, stored["model_state_dict"], light_decoder)
         vae.post_quant_conv = nn.Identity()
     return vae
 
@@ -840,10 +838,12 @@ def load_semantic_encoder(path, cfg):
                   if name.startswith("semantic_encoder.")}
         return load_strict(TinySemanticEncoder(cfg.enc_dim), beside or tensors, source)
     tensors = read_tensors(path)
-    if "cls_token" not in tensors:
+    if not torch.is_tensor(tensors.get("cls_token")):
         raise ValueError(f"{path} lacks cls_token: not the weights of DINOv2")
     depth = 1 + max((int(name.split(".")[1]) for name in tensors if name.startswith("blocks.")), default=0)
     dim, layer = tensors["cls_token"].shape[-1], cfg.layer_dinov2b_list[-1]
-    with torch.device("meta"):
-        encoder = DINOv2(dim, depth, dim // 64, layer=layer, size=cfg.dinov2_size)
+    if dim != cfg.enc_dim or layer >= depth:
+        raise ValueError(f"{path} has {depth} blocks of {dim} channels: the DiT wants number {layer} "
+                         f"with {cfg.enc_dim} channels")
+    encoder = build(lambda: DINOv2(dim, depth, dim // 64, layer=layer, size=cfg.dinov2_size), path)
     return load_strict(encoder, tensors, path)

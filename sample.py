@@ -33,13 +33,11 @@ from tqdm import tqdm
 from config import cli, die
 from data import SUFFIXES, keyed_generator, write_whole
 from model import (
+    FROZEN,
     GRID,
-    LATENT_CHANNELS,
     VOSR,
-    ModelConfig,
     choose_device,
-    find_weights,
-    frozen_paths,
+    find_settings,
     guided_velocity,
     keeps_semantic_encoder,
     load_dit,
@@ -61,6 +59,7 @@ DEFAULTS = {  # where each model lies in the weights folder, and how it is sampl
     "2.0": dict(folder="VOSR2", ae_type="qwen", **ONE_STEP),
 }
 FAMILIES = tuple(dict.fromkeys(name.removesuffix("-ms").removesuffix("-os") for name in DEFAULTS))
+HUB = "https://huggingface.co/CSWRY/VOSR/resolve/main"  # the authors' files, named as below weights/
 HALF = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -239,14 +238,14 @@ def split(image):
     return image.convert("RGB"), None, grey
 
 
-def restore(enlarged, vosr, half, steps, seed, name, cfg_scale, alpha, tile, color, fidelity, posterior,
+def restore(enlarged, vosr, steps, seed, name, cfg_scale, alpha, tile, color, fidelity, posterior,
             progress):
-    """RGB picture enlarged by bicubic -> restored RGB picture of that size; half: dtype of the DiT or None.
+    """RGB picture enlarged by bicubic -> restored RGB picture of that size.
 
     Pixels are kept as bytes and become floats tile by tile; latents are kept whole, each a third of the
     picture's bytes with 16 channels. Raises FloatingPointError when a value is not finite.
     """
-    device = next(vosr.parameters()).device
+    device, half = next(vosr.parameters()).device, vosr.half
     rows, cols = (reflect(n, 0, max(64, -(-n // GRID) * GRID) - n) for n in enlarged.size[::-1])
     height, width = len(rows) // 8, len(cols) // 8                                          # of the latent
     tile = tile // GRID * 2 or max(height, width)                                           # in cells, even
@@ -318,17 +317,17 @@ def upscale(image, vosr, scale=4, steps=1, seed=42, name="image", cfg_scale=None
     """
     rgb, opacity, grey = split(image)
     size = size or tuple(max(1, round(scale * side)) for side in rgb.size)
-    enlarged, half = rgb.resize(size, Image.Resampling.BICUBIC), vosr.half
+    enlarged = rgb.resize(size, Image.Resampling.BICUBIC)
     while True:
         try:
-            picture = restore(enlarged, vosr, half, steps, seed, name, cfg_scale, alpha, tile, color,
+            picture = restore(enlarged, vosr, steps, seed, name, cfg_scale, alpha, tile, color,
                               fidelity, posterior, progress)
             break
         except FloatingPointError as reason:
-            if half is None:
+            if vosr.half is None:
                 raise
-            print(f"{name}: {reason} in {half}, computed again in fp32", file=sys.stderr)
-            half = None
+            print(f"{name}: {reason} in {vosr.half}, computed again in fp32", file=sys.stderr)
+            vosr = in_fp32(vosr)
         except torch.OutOfMemoryError:
             smaller = (tile or max(size)) // 2
             if smaller < 128:
@@ -345,45 +344,87 @@ def upscale(image, vosr, scale=4, steps=1, seed=42, name="image", cfg_scale=None
 
 
 # ---------------------------------------------------------------- models
-def ready(vosr, args=None, dtype="auto", device="auto"):
+def choose_half(dtype, device):
+    """--dtype -> dtype of matrix products and attention in DiT and semantic encoder, None for fp32.
+
+    Always fp32: their residual streams, norms and time embedding, the autoencoder, the Euler state, the
+    colour fix (see model.halve).
+    """
+    return HALF[dtype if dtype != "auto" else "fp16" if choose_device(device).type == "cuda" else "fp32"]
+
+
+def ready(vosr, args=None, half=None, device="auto", source=None):
     """Put a bundle on its device, in eval mode, and note as attributes how it wants to be sampled.
 
-    args: the args.json of its DiT. one_step: a student, no guidance. tau: amplitude of its starting noise.
-    half: dtype of matrix products and attention in DiT and semantic encoder (autocast), None for fp32; the
-    autoencoder, the Euler state and the colour fix are always fp32.
+    args: the args.json of its DiT, whose folder is `source`; half: see choose_half. one_step: a student, no
+    guidance. tau: amplitude of its starting noise.
     """
-    args, device = args or {}, choose_device(device)
-    vosr.one_step = vosr.dit.cfg.auxiliary_time_cond or args.get("distill_type") == "onestep"
-    vosr.tau, vosr.defaults = args.get("tau", 1.0), ONE_STEP if vosr.one_step else MULTI_STEP
-    if dtype == "auto":
-        dtype = "fp32" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    vosr.half = HALF[dtype]
-    return vosr.eval().requires_grad_(False).to(device)
+    vosr.args, vosr.half, vosr.source = args or {}, half, source
+    vosr.one_step = vosr.dit.cfg.auxiliary_time_cond or vosr.args.get("distill_type") == "onestep"
+    vosr.tau, vosr.defaults = vosr.args.get("tau", 1.0), ONE_STEP if vosr.one_step else MULTI_STEP
+    return vosr.eval().requires_grad_(False).to(choose_device(device))
+
+
+def in_fp32(vosr):
+    """The same bundle in fp32; weights that were rounded on loading are read again."""
+    dit, device = load_dit(vosr.source) if vosr.source else vosr.dit, next(vosr.parameters()).device
+    exact = ready(VOSR(dit, vosr.vae, vosr.semantic_encoder), vosr.args, None, str(device), vosr.source)
+    exact.defaults = vosr.defaults
+    return exact
 
 
 def find_model(model, steps, weights):
-    """--model and --steps -> folder of the DiT, and its row of DEFAULTS or {} for the user's own folder."""
+    """--model and --steps -> folder of the DiT, and its name in DEFAULTS, "" for the user's own folder."""
     name = model if f"{model}-ms" not in DEFAULTS else f"{model}-os" if steps <= 4 else f"{model}-ms"
     if name in DEFAULTS:
-        return Path(weights, DEFAULTS[name]["folder"]), DEFAULTS[name]
+        return Path(weights, DEFAULTS[name]["folder"]), name
     last = Path(model, "last")  # of a training run: names its newest checkpoint
     folder = model_folder(last if last.is_file() else model)
-    if not (folder / "args.json").is_file():
+    try:
+        find_settings(folder)
+    except ValueError:
         raise ValueError(f"unknown model {model!r}: {', '.join(FAMILIES)}, or with -ms or -os at the end, "
-                         "or a folder that holds args.json and weights")
-    return folder, {}
+                         "or a folder that holds args.json and weights") from None
+    return folder, ""
 
 
-def missing_files(folders, files):
-    """What loading would look for in vain. folders: {folder: (settings, where its weights usually are)}."""
-    missing = [path for path in files if not path.is_file()]
-    for folder, (settings, tensors) in folders.items():
-        missing += [folder / settings] * (not (folder / settings).is_file())
-        try:
-            find_weights(folder)
-        except ValueError:
-            missing.append(folder / tensors)
-    return missing
+def frozen_files(ae_type):
+    """Files of the networks around a DiT, below the weights folder; the semantic encoder's come last."""
+    vae, semantic = FROZEN[ae_type]
+    if ae_type == "tiny":
+        return [f"{part}/{name}" for part in (vae, semantic) for name in ("config.json", "model.safetensors")]
+    decoder = ["sd21_lwdecoder.pth"] if ae_type == "sd2" else []
+    return [f"{vae}/config.json", f"{vae}/diffusion_pytorch_model.safetensors", *decoder, semantic]
+
+
+def published_files(model):
+    """Family or network -> its files below the weights folder, in the authors' layout.
+
+    Raises ValueError for an unknown name.
+    """
+    names = [name for name in DEFAULTS if model in (name, name[:-3])]
+    if not names:
+        raise ValueError(f"unknown model {model!r}: {', '.join(FAMILIES)}, or with -ms or -os at the end")
+    files = []
+    for row in map(DEFAULTS.get, names):
+        tensors = "model.safetensors" if row["ae_type"] == "tiny" else "checkpoints/ema_model.safetensors"
+        files += [f"{row['folder']}/args.json", f"{row['folder']}/{tensors}", *frozen_files(row["ae_type"])]
+    return tuple(dict.fromkeys(files))
+
+
+def require(files, weights, model):
+    """Raises ValueError that names all files which are not in the weights folder, and how to get them."""
+    def there(path):
+        if path.is_file() or path.parent.name != "checkpoints" or path.suffix != ".safetensors":
+            return path.is_file()
+        return any((path.parents[1] / sub / path.name).is_file() for sub in ("clean_weights", "."))
+
+    if missing := [str(path) for path in (Path(weights, file) for file in files) if not there(path)]:
+        elsewhere = "" if str(weights) == "weights" else f" --weights {weights}"
+        remedy = ("they are part of the repository, --weights names another folder" if "tiny" in files[0] else
+                  f"`python tools/download.py {model}{elsewhere}` fetches them; or put them there by hand, "
+                  f"they have the same names at {HUB}")
+        raise ValueError(f"missing: {', '.join(missing)}; {remedy}")
 
 
 def load(model="tiny", steps=1, weights="weights", dtype="auto", device="auto"):
@@ -392,29 +433,25 @@ def load(model="tiny", steps=1, weights="weights", dtype="auto", device="auto"):
     steps chooses between the two networks of a family. The run folder of a training works, too: its frozen
     networks come from `weights`, but for the semantic encoder that a tiny run trains along.
     """
-    folder, row = find_model(model, steps, weights)
-    args = read_json(folder / "args.json") if (folder / "args.json").is_file() else row
-    ae_type = row.get("ae_type") or args.get("ae_type")
-    if ae_type not in LATENT_CHANNELS:
-        raise ValueError(f"{folder}/args.json: ae_type {ae_type!r} is none of {', '.join(LATENT_CHANNELS)}")
-    vae, semantic = frozen_paths(ModelConfig(ae_type=ae_type), weights)
+    folder, name = find_model(model, steps, weights)
+    if name:
+        require(published_files(name), weights, name)
+    path = find_settings(folder)
+    args, row, half = read_json(path), DEFAULTS.get(name, {}), choose_half(dtype, device)
+    ae_type = args.get("ae_type")
+    if ae_type not in (FROZEN if not name else [row["ae_type"]]):
+        raise ValueError(f"{path} has ae_type {ae_type!r}, not {row.get('ae_type', ' or '.join(FROZEN))}")
+    beside = ae_type == "tiny" and not name and keeps_semantic_encoder(folder)
+    require(frozen_files(ae_type)[:-2 if beside else None], weights, "0.5B" if ae_type == "sd2" else "2.0")
+    vae, semantic = (Path(weights, part) for part in FROZEN[ae_type])
     decoder = Path(weights, "sd21_lwdecoder.pth") if ae_type == "sd2" else None
-    ours = ae_type == "tiny"
-    if ours and not row and keeps_semantic_encoder(folder):
-        semantic = folder
-    files = [path for path in (semantic, decoder) if path and path.suffix == ".pth"]
-    folders = {} if semantic in files else {semantic: ("config.json", "model.safetensors")}
-    folders[vae] = "config.json", "model.safetensors" if ours else "diffusion_pytorch_model.safetensors"
-    folders[folder] = "args.json", "model.safetensors" if ours else "checkpoints/ema_model.safetensors"
-    if missing := missing_files(folders, files):
-        remedy = "part of the repository" if ours else "see the README, Published weights"
-        raise ValueError(f"model {model} lacks {', '.join(map(str, missing))}: {remedy}, "
-                         "--weights names another folder")
-    dit = load_dit(folder)
-    vosr = VOSR(dit, load_vae(vae, decoder), load_semantic_encoder(semantic, dit.cfg))
-    vosr = ready(vosr, args, dtype, device)
-    if row:
-        vosr.defaults, vosr.one_step = row, vosr.one_step or row["steps"] == 1
+    dit = load_dit(folder, half)
+    encoder = load_semantic_encoder(folder if beside else semantic, dit.cfg)
+    vosr = ready(VOSR(dit, load_vae(vae, decoder, ae_type), encoder), args, half, device, folder)
+    if name and vosr.one_step != (row["steps"] == 1):
+        raise ValueError(f"{folder} holds a {'one' if vosr.one_step else 'multi'}-step network, "
+                         f"{name} is of the other kind")
+    vosr.defaults = row or vosr.defaults
     return vosr
 
 

@@ -16,8 +16,9 @@ def rotate(x, cos, sin):
 def qk_norm_rope_reference(qkv, q_weight, k_weight, cos, sin, eps=1e-6):
     """qkv (B, T, 3, H, d); q_weight, k_weight (d,); cos, sin (T, d/2) -> q, k, v (B, T, H, d) each."""
     q, k, v = qkv.unbind(2)
+    q, k = rms_norm(q, q_weight, eps), rms_norm(k, k_weight, eps)    # float32 where the gains are
     cos, sin = cos[:, None].to(q.dtype), sin[:, None].to(q.dtype)
-    return rotate(rms_norm(q, q_weight, eps), cos, sin), rotate(rms_norm(k, k_weight, eps), cos, sin), v
+    return rotate(q, cos, sin), rotate(k, cos, sin), v
 
 
 qk_norm_rope = qk_norm_rope_reference

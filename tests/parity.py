@@ -58,7 +58,7 @@ def gradients(net):
 def load_dit(case, field="weights_from"):
     """DiT of the case; the keys of the weights decide about the embedder of r, as for published files."""
     tensors, name = weights(case, field), case.path.stem
-    cfg = model.read_config(model.ModelConfig, case.config.get("network", case.config), name)
+    cfg = model.read_config(case.config.get("network", case.config), name)
     cfg.auxiliary_time_cond = any("r_embedder" in n for n in tensors)
     net = model.load_strict(model.DiT(cfg), tensors, name)
     with torch.no_grad():
@@ -92,11 +92,12 @@ def see(image, size):
     return model.DINOv2(embed_dim=1, depth=0, num_heads=1, size=size).preprocess(image)
 
 
-def autoencoder(cls, case):
+def autoencoder(kind, case):
     tensors = weights(case)
     for new, old in case.spec.get("rename", ()):
         tensors = {n.replace(new, old) if ".attentions." in n else n: v for n, v in tensors.items()}
-    vae = cls(**{name: case.config[name] for name in model.AUTOENCODERS[cls] if name in case.config})
+    cls, names = model.AUTOENCODERS[kind]
+    vae = cls(**{name: case.config[name] for name in names if name in case.config})
     model.load_strict(vae, model.rename_attention(tensors), case.path.stem)
     mean, logvar = vae.moments(case.inputs["image"])
     return dict(mean=mean, logvar=logvar, latent=vae.encode(case.inputs["image"], case.inputs["noise"]),
@@ -104,7 +105,7 @@ def autoencoder(cls, case):
 
 
 def light_decoder(case):
-    net = model.Decoder(*(case.config[n] for n in ("block_out_channels", "layers_per_block", "in_channels")))
+    net = model.sd_decoder(*map(case.config.get, ("block_out_channels", "layers_per_block", "in_channels")))
     return {"image": model.load_strict(net, weights(case), case.path.stem)(case.inputs["z"])}
 
 
@@ -314,9 +315,9 @@ def stored_draws(config, inputs):
 
 DATA_ONLY = ("weights", "images")  # kinds that other cases refer to
 KINDS = dict(
-    dit=dit, dinov2=dinov2, light_decoder=light_decoder, qwen_vae2d=partial(autoencoder, model.QwenVAE),
+    dit=dit, dinov2=dinov2, light_decoder=light_decoder, qwen_vae2d=partial(autoencoder, "qwen"),
     dinov2_preprocess=lambda case: {"x": see(case.inputs["image"], case.config["dinov2_size"])},
-    **dict.fromkeys(("sd_vae", "sd_vae_old_names"), partial(autoencoder, model.AutoencoderKL)),
+    **dict.fromkeys(("sd_vae", "sd_vae_old_names"), partial(autoencoder, "sd2")),
     loss_multistep=loss_multistep, loss_rc=partial(distillation, distill.rc_loss),
     loss_shortcut=partial(distillation, distill.shortcut_loss),
     sampler_multistep=sampler, sampler_onestep=sampler, sampler_tiled=sampler_tiled, preprocess=preprocess,

@@ -9,7 +9,6 @@ from safetensors.torch import save_file
 from test_model import batch, dit, filled, same, small_vaes, wave
 
 from model import (
-    Decoder,
     DINOv2,
     DiT,
     ModelConfig,
@@ -18,6 +17,7 @@ from model import (
     load_semantic_encoder,
     load_strict,
     load_vae,
+    sd_decoder,
 )
 
 
@@ -33,9 +33,9 @@ def model_folder(folder, net, tensors=None, half=False, **args):
 
 @pytest.mark.parametrize("student", [False, True])
 def test_a_folder_gives_the_network_and_its_keys_decide_about_the_target_time(tmp_path, student):
-    """VOSR 2.0 is a one-step network without the embedder of r; old files lack auxiliary_time_cond."""
+    """VOSR 2.0 is a one-step network without the embedder of r; old files say nothing about it."""
     net = dit(auxiliary_time_cond=student)
-    folder = model_folder(tmp_path, net, auxiliary_time_cond=not student, use_pos=False)
+    folder = model_folder(tmp_path, net, auxiliary_time_cond=None, use_pos=False)
     read, r = load_dit(folder), torch.zeros(2) if student else None
     assert read.cfg.auxiliary_time_cond == student and torch.equal(read(*batch(), r=r), net(*batch(), r=r))
     assert all(p.requires_grad and p.device.type == "cpu" for p in read.parameters())
@@ -109,14 +109,14 @@ def test_pickles_with_code_are_refused_and_not_run(tmp_path, damage):
 
 
 def test_semantic_encoders_are_read_from_a_file_or_a_folder(tmp_path):
-    cfg, image = ModelConfig(enc_dim=8, layer_dinov2b_list=(1,), dinov2_size=28), torch.rand(1, 3, 64, 96)
-    dinov2, tiny = filled(DINOv2(64, 3, 1, layer=1, size=28)), filled(TinySemanticEncoder(8))
+    cfg, image = ModelConfig(enc_dim=64, layer_dinov2b_list=(1,), dinov2_size=28), torch.rand(1, 3, 64, 96)
+    dinov2, tiny = filled(DINOv2(64, 3, 1, layer=1, size=28)), filled(TinySemanticEncoder(64))
     torch.save(dinov2.state_dict(), tmp_path / "dinov2.pth")
     save_file(tiny.state_dict(), tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text('{"enc_dim": 8}')
+    (tmp_path / "config.json").write_text('{"enc_dim": 64}')
     assert torch.equal(load_semantic_encoder(tmp_path / "dinov2.pth", cfg)(image), dinov2(image))
     assert torch.equal(load_semantic_encoder(tmp_path, cfg)(image), tiny(image))
-    assert tiny(image).shape == (1, 6, 8)
+    assert tiny(image).shape == (1, 6, 64)
 
 
 @pytest.mark.parametrize("kind, config", [
@@ -133,7 +133,7 @@ def test_autoencoders_are_told_apart_by_their_config(tmp_path, kind, config):
 
 
 def test_the_light_decoder_replaces_the_decoder_and_the_convolution_before_it(tmp_path):
-    vae, light = small_vaes()["sd2"], filled(Decoder((32, 32, 32, 32), 1, 4))
+    vae, light = small_vaes()["sd2"], filled(sd_decoder((32, 32, 32, 32), 1, 4))
     save_file(vae.state_dict(), tmp_path / "diffusion_pytorch_model.safetensors")
     (tmp_path / "config.json").write_text('{"block_out_channels": [8, 16, 8, 8], "norm_num_groups": 4}')
     shape = dict(in_channels=4, out_channels=3, block_out_channels=[32] * 4, layers_per_block=1)

@@ -12,7 +12,6 @@ from model import (
     LATENT_CHANNELS,
     VOSR,
     AutoencoderKL,
-    Decoder,
     DINOv2,
     DiT,
     ModelConfig,
@@ -20,6 +19,7 @@ from model import (
     TinyAutoencoder,
     guided_velocity,
     rope_table,
+    sd_decoder,
 )
 
 SIZE_05B = dict(dim=1024, depth=28, num_heads=16, enc_dim=768, ae_type="sd2")
@@ -35,7 +35,7 @@ PUBLISHED = {  # constructor, parameters, digest of names and shapes (official c
     "dinov2_vitb14": (lambda: DINOv2(768, 12, 12), 86_580_480, "6af41c6986427c48"),
     "dinov2_vitl14": (lambda: DINOv2(1024, 24, 16), 304_368_640, "7dc53284017908ac"),
     "sd21_vae": (AutoencoderKL, 83_653_863, "600696bc94ffc80f"),
-    "light_decoder": (lambda: Decoder((64, 128, 256, 256), 2, 4), 12_387_459, "1193b5ce6753b9f0"),
+    "light_decoder": (lambda: sd_decoder((64, 128, 256, 256), 2, 4), 12_387_459, "1193b5ce6753b9f0"),
     "qwen_vae2d": (lambda: QwenVAE([0.0] * 16, [1.0] * 16), 44_599_603, "914251e0035ca63d"),
 }
 MANIFESTS = Path(__file__).parents[2] / "shared" / "fixtures"  # all names, outside the repository
@@ -178,7 +178,7 @@ PINNED = {  # root mean square and last element of outputs; the code agreed with
     "dinov2": (lambda: filled(DINOv2(32, 3, 2)).features(0.1 * wave(1, 3, 70, 42), 1), 4.7457113, 0.03103529),
     "sd_encoder": (lambda: small_vaes()["sd2"].encode(wave(1, 3, 24, 40)), 0.12981097, -0.18106264),
     "sd_decoder": (lambda: small_vaes()["sd2"].decode(wave(1, 4, 3, 5)), 0.98513591, -0.42622575),
-    "light_decoder": (lambda: filled(Decoder((32, 32, 32), 1, 4))(wave(1, 4, 3, 5)), 0.33725142, -0.3459591),
+    "light_decoder": (lambda: filled(sd_decoder([32] * 3, 1, 4))(wave(1, 4, 3, 5)), 0.33725142, -0.3459591),
 }
 
 
