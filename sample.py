@@ -402,7 +402,7 @@ def published_files(model):
 
     Raises ValueError for an unknown name.
     """
-    names = [name for name in DEFAULTS if model in (name, name[:-3])]
+    names = [name for name in DEFAULTS if model in (name, re.sub("-[mo]s$", "", name))]
     if not names:
         raise ValueError(f"unknown model {model!r}: {', '.join(FAMILIES)}, or with -ms or -os at the end")
     files = []
