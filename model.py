@@ -112,12 +112,18 @@ class CrossAttention(nn.Module):
         self.q_linear, self.k_linear, self.v_linear, self.proj = (nn.Linear(dim, dim) for _ in range(4))
         self.q_norm, self.k_norm = nn.RMSNorm(dim // heads), nn.RMSNorm(dim // heads)
 
+    def prepare(self, s, empty=None):
+        """s (B, N, D) -> keys, values (B, N, H, d), and what every query finds in the one token `empty`."""
+        k, v = (f(s).unflatten(-1, (self.heads, -1)) for f in (self.k_linear, self.v_linear))
+        nothing = None if empty is None else self.proj(self.v_linear(empty))
+        return rms_norm(k, self.k_norm.weight), v, nothing
+
     def forward(self, x, s):
-        """x (B, T, D), s (B, N, D) -> (B, T, D)."""
-        q, k, v = (f(a).unflatten(-1, (self.heads, -1)) for f, a in
-                   ((self.q_linear, x), (self.k_linear, s), (self.v_linear, s)))      # (B, T or N, H, d)
-        q, k = rms_norm(q, self.q_norm.weight), rms_norm(k, self.k_norm.weight)
-        return self.proj(attention(q, k, v))
+        """x (B, T, D); s (B, N, D), or what `prepare` made of the first samples: the others are empty."""
+        k, v, nothing = s if isinstance(s, tuple) else self.prepare(s)
+        q = self.q_linear(x[:len(k)]).unflatten(-1, (self.heads, -1))                 # (B, T, H, d)
+        y = self.proj(attention(rms_norm(q, self.q_norm.weight), k, v))
+        return y if len(y) == len(x) else torch.cat([y, nothing.expand(len(x) - len(y), *y.shape[1:])])
 
 
 class SwiGLU(nn.Module):
@@ -145,7 +151,7 @@ class Block(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(6, cfg.dim) / cfg.dim**0.5)
 
     def forward(self, x, time, s, rope):
-        """x (B, T, D), time (B, 6, D), s (B, N, D), rope: two (T, d/2) tables -> (B, T, D)."""
+        """x (B, T, D), time (B, 6, D), s: see CrossAttention, rope: two (T, d/2) tables -> (B, T, D)."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + time).chunk(6, dim=1)
         x = x + gate1 * self.attn(rms_modulate(x, self.norm1.weight, shift1, scale1), rope)
         x = x + self.cross_attn(x, s)
@@ -216,29 +222,35 @@ class DiT(nn.Module):
         for linear in (self.final_layer.adaLN_modulation[1], self.final_layer.linear):
             nn.init.zeros_(linear.weight)
 
+    def semantics(self, c_sem):
+        """c_sem (B, N, enc_dim) -> what the blocks need of it, for many calls of forward with the same."""
+        s, empty = (self.mlp_ca(self.layer_norm(x)) for x in (c_sem, torch.zeros_like(c_sem[:1, :1])))
+        return [block.cross_attn.prepare(s, empty) for block in self.blocks]
+
     def forward(self, z_t, t, c_str, c_sem, r=None):
         """z_t, c_str (B, C, h, w); t, r (B,) in [0, 1], r <= t; c_sem (B, N, enc_dim) -> v (B, C, h, w).
 
         h and w are multiples of the patch, equal or not. Zero c_sem means "no semantics": it still passes
-        the projection, whose biases make it a learned constant. Raises ValueError for other sides, and when r
-        is missing or not wanted.
+        the projection, whose biases make it a learned constant. c_sem may be the `semantics` of the first
+        samples, the others have none then. Raises ValueError for other sides, or r missing or not wanted.
         """
         p, (height, width) = self.cfg.patch_size, (n // self.cfg.patch_size for n in z_t.shape[-2:])
         if z_t.shape[-2:] != (height * p, width * p):
             raise ValueError(f"latent sides must be multiples of {p}, got {tuple(z_t.shape[-2:])}")
         if (r is not None) != self.cfg.auxiliary_time_cond:
             raise ValueError("a one-step network needs the target time r, a multi-step network has none")
-        with torch.autocast(z_t.device.type, enabled=False):                          # time stays float32
+        with torch.autocast("cpu" if z_t.is_meta else z_t.device.type, enabled=False):  # time in float32
             c = self.t_embedder(t)                                                    # (B, D)
             if r is not None:
                 c = c + self.r_embedder(r) * (t - r)[:, None].to(c.dtype)             # vanishes at r = t
             time = self.t_block(c).unflatten(-1, (6, -1))                             # (B, 6, D), all blocks
             last = self.final_layer.adaLN_modulation(c)[:, None].chunk(2, dim=-1)     # (B, 1, D), twice
-        s = self.mlp_ca(self.layer_norm(c_sem))                                       # (B, N, D), all blocks
+        memory = (c_sem if isinstance(c_sem, list) else                               # per block, or
+                  [self.mlp_ca(self.layer_norm(c_sem))] * self.cfg.depth)             # (B, N, D) for all
         rope = rope_table(height, width, self.native, self.cfg.dim // self.cfg.num_heads, z_t.device)
 
         x = self.x_embedder(torch.cat([c_str, z_t], dim=1)).to(time.dtype)            # (B, T, D)
-        for block in self.blocks:
+        for block, s in zip(self.blocks, memory, strict=True):
             x = block(x, time, s, rope)
         x = self.final_layer(x, *last).unflatten(-1, (p, p, -1))                      # (B, T, p, p, C)
         x = x.unflatten(1, (height, width)).permute(0, 5, 1, 3, 2, 4)                 # (B, C, h/p, p, w/p, p)
@@ -248,22 +260,22 @@ class DiT(nn.Module):
 def partial_condition(c_str, c_sem, alpha):
     """kappa = (alpha c_str, no semantics), the weakly anchored branch of Sec. 3.3.
 
-    c_str (B, C, h, w), c_sem (B, N, enc_dim), alpha a float or (B, 1, 1, 1).
+    c_str (B, C, h, w), c_sem (B, N, enc_dim) or DiT.semantics, alpha a float or (B, 1, 1, 1).
     """
-    return alpha * c_str, torch.zeros_like(c_sem)
+    return alpha * c_str, None if isinstance(c_sem, list) else torch.zeros_like(c_sem)
 
 
 def both_branches(net, z, t, full, weak):
     """v_cond and v_pcond of Sec. 3.3 as one batch; full and weak are pairs (c_str, c_sem). float32."""
-    c_str, c_sem = (torch.cat(pair) for pair in zip(full, weak, strict=True))
-    return net(torch.cat([z, z]), torch.cat([t, t]), c_str, c_sem).float().chunk(2)
+    c_sem = full[1] if weak[1] is None else torch.cat([full[1], weak[1]])
+    return net(torch.cat([z, z]), torch.cat([t, t]), torch.cat([full[0], weak[0]]), c_sem).float().chunk(2)
 
 
 def guided_velocity(net, z, t, c_str, c_sem, alpha, cfg_scale):
     """Restoration-oriented guidance, paper Eq. 2: v_cfg = v_pcond + s (v_cond - v_pcond).
 
     cfg_scale 0 is the partial branch (invents), 1 the full branch (obeys the input).
-    z, c_str (B, C, h, w), t (B,), c_sem (B, N, enc_dim) -> (B, C, h, w) in float32.
+    z, c_str (B, C, h, w), t (B,), c_sem (B, N, enc_dim) or DiT.semantics of it -> (B, C, h, w) in float32.
     """
     v_cond, v_pcond = both_branches(net, z, t, (c_str, c_sem), partial_condition(c_str, c_sem, alpha))
     return v_pcond + cfg_scale * (v_cond - v_pcond)
@@ -403,16 +415,11 @@ class AutoencoderKL(nn.Module):
         return self.decoder(self.post_quant_conv(z / self.scaling_factor))
 
 
-def qwen_resample(module):
-    """The Qwen files call the convolution resample.1."""
-    return chain(resample=nn.Sequential(*module))
-
-
 def qwen_encoder(base, mult, layers, latent):
     widths, blocks = [base] + [base * m for m in mult], []
     for i, (a, b) in enumerate(pairwise(widths)):
         blocks += [ResBlock(a if j == 0 else b, b, ChannelNorm) for j in range(layers)]
-        blocks += [qwen_resample(downsample(b))] if i < len(mult) - 1 else []
+        blocks += [chain(resample=nn.Sequential(*downsample(b)))] if i < len(mult) - 1 else []
     return chain(conv_in=conv3(3, base), down_blocks=nn.Sequential(*blocks),
                  mid_block=MidBlock(b, ChannelNorm, QwenAttention), norm_out=ChannelNorm(b), silu=nn.SiLU(),
                  conv_out=conv3(b, 2 * latent))
@@ -422,7 +429,7 @@ def qwen_decoder(base, mult, layers, latent):
     widths, levels = [base * m for m in reversed(mult)], []
     for i, c in enumerate(widths):
         entry = widths[i - 1] // 2 if i else c  # upsampling halves the channels
-        up = {"upsamplers": qwen_resample(upsample(c, c // 2))} if i < len(mult) - 1 else {}
+        up = {"upsamplers": chain(resample=nn.Sequential(*upsample(c, c // 2)))} if i < len(mult) - 1 else {}
         levels.append(level([entry] + [c] * (layers + 1), ChannelNorm, **up))
     return chain(conv_in=conv3(latent, widths[0]), mid_block=MidBlock(widths[0], ChannelNorm, QwenAttention),
                  up_blocks=nn.Sequential(*levels), norm_out=ChannelNorm(c), silu=nn.SiLU(),
@@ -580,29 +587,27 @@ class TinySemanticEncoder(nn.Module):
 
 # ---------------------------------------------------------------- the bundle
 class VOSR(nn.Module):
-    """DiT + autoencoder + semantic encoder, with the four operations that the stages need."""
+    """DiT + autoencoder + semantic encoder, with the four operations that the stages need.
+
+    encode: image (B, 3, H, W) in [-1, 1], sides multiples of 8 -> latent (B, C, H/8, W/8) of unit scale, the
+    mode of the posterior, or, given Gaussian noise of that shape, a sample of it. decode: latent -> image in
+    about [-1, 1], not clamped. semantic_tokens: enlarged LR image -> c_sem (B, N, enc_dim).
+    """
 
     def __init__(self, dit, vae, semantic_encoder):
         super().__init__()
         self.dit, self.vae, self.semantic_encoder = dit, vae, semantic_encoder
 
     def encode(self, image, noise=None):
-        """image (B, 3, H, W) in [-1, 1], sides multiples of 8 -> latent (B, C, H/8, W/8), unit scale.
-
-        noise None: the mode of the posterior; Gaussian noise of the latent's shape: a sample of it.
-        """
         return self.vae.encode(image, noise)
 
     def decode(self, z):
-        """latent (B, C, h, w) -> image (B, 3, 8h, 8w) in about [-1, 1], not clamped."""
         return self.vae.decode(z)
 
     def semantic_tokens(self, image):
-        """Enlarged LR image (B, 3, H, W) in [-1, 1] -> c_sem (B, N, enc_dim)."""
         return self.semantic_encoder(image)
 
     def velocity(self, z_t, t, c_str, c_sem, r=None):
-        """v_theta(z_t, t, kappa); see DiT.forward."""
         return self.dit(z_t, t, c_str, c_sem, r)
 
 
@@ -625,10 +630,7 @@ def read_json(path):
 
 
 def read_tensors(path):
-    """Tensors of a .safetensors file, or of a .pth file through the restricted unpickler (no code runs).
-
-    They are views of the mapped file: memory is taken only for what is converted or written to.
-    """
+    """Views of a mapped .safetensors file, or .pth file by the restricted unpickler: no code runs."""
     try:
         if str(path).endswith(".safetensors"):
             return load_file(path)
@@ -746,8 +748,7 @@ def settings(cfg, paths=True):
 def load_dit(folder, half=None):
     """DiT of a published or own folder; half: dtype of its products, see halve.
 
-    args.json says what the network is, and the tensors must agree. Whether there is an r_embedder is their
-    word; args.json may be silent about it (published files are), but not contradict.
+    The tensors must be those of args.json. It may say nothing about r_embedder, but not the contrary.
     """
     source, path = find_weights(folder), find_settings(folder)
     args = read_json(path)
@@ -785,10 +786,7 @@ AUTOENCODERS = {  # per ae_type: class, and fields of config.json that it takes;
 
 
 def load_vae(folder, light_decoder=None, ae_type=None):
-    """Autoencoder of a folder with config.json; its fields tell which of the three it is.
-
-    light_decoder: a torch file {"config", "model_state_dict"} that replaces the SD2.1 decoder.
-    """
+    """Autoencoder of a folder; light_decoder: a torch file with the one that replaces SD2.1's."""
     path, source = Path(folder) / "config.json", find_weights(folder)
     config = read_json(path)
     kind = next((kind for kind, (_, names) in AUTOENCODERS.items() if names[0] in config), "none")

@@ -21,7 +21,7 @@ import re
 import sys
 import time
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -126,11 +126,12 @@ def gaussian_window(height, width):
     return y[:, None] * x
 
 
-def tiled(net, places, height, width, tokens, batch=1):
+def tiled(net, places, height, width, semantics, batch=1):
     """A net for `euler` that runs `net` on tiles and blends: v = sum(g v_tile) / sum(g), g Gaussian.
 
-    places: (top, left) of each tile of height x width; tokens(k): c_sem (1, N, enc_dim) of tile k; batch:
-    tiles per call of `net`. The result takes for c_sem a factor (B, 1, 1) on them: 1, or 0 for no semantics.
+    places: (top, left) of each tile of height x width; batch: tiles per call of `net`. semantics(range of
+    tiles) -> their c_sem, prepared by DiT.semantics. The result gets [] for c_sem, as it knows its own, and
+    one picture: z of batch 1, or 2 of which the second is the partial branch and has no semantics.
     """
     def blended(z, t, c_str, c_sem, r=None):
         g = gaussian_window(height, width).to(z.device)
@@ -138,10 +139,10 @@ def tiled(net, places, height, width, tokens, batch=1):
         for first in range(0, len(places), batch):
             some = range(first, min(first + batch, len(places)))
             cuts = [(..., slice(y, y + height), slice(x, x + width)) for y, x in (places[k] for k in some)]
-            v = net(torch.cat([z[cut] for cut in cuts]), t.repeat(len(cuts)),              # (n B, C, h, w)
-                    torch.cat([c_str[cut] for cut in cuts]), torch.cat([tokens(k) * c_sem for k in some]),
-                    r=None if r is None else r.repeat(len(cuts)))
-            for cut, v_tile in zip(cuts, v.float().split(len(z)), strict=True):
+            z_t, c = (torch.stack([a[cut] for cut in cuts], dim=1).flatten(0, 1) for a in (z, c_str))
+            times = [None if a is None else a.repeat_interleave(len(cuts)) for a in (t, r)]
+            v = net(z_t, times[0], c, semantics(some), r=times[1])                  # (B n, C, h, w)
+            for cut, v_tile in zip(cuts, v.float().unflatten(0, (len(z), -1)).unbind(1), strict=True):
                 total[cut] += g * v_tile
                 weight[cut] += g
         return total / weight
@@ -149,6 +150,7 @@ def tiled(net, places, height, width, tokens, batch=1):
     return blended
 
 
+KEPT_TILES = 8  # semantic keys and values kept over the steps; 1.4B: 450 MB a tile in fp32, else done again
 MARGIN, RAMP = 6, 4  # latent cells that a tile's own border spoils; width of the cross-fade behind them
 
 
@@ -261,13 +263,17 @@ def restore(enlarged, vosr, steps, seed, name, cfg_scale, alpha, tile, color, fi
         window = torch.from_numpy(np.asarray(window)[np.ix_(y - y.min(), x - x.min())])
         return window.permute(2, 0, 1)[None].to(device) / 127.5 - 1
 
+    @lru_cache(maxsize=None if steps > 1 else 1)  # a single step needs the tokens of a tile once
+    def tokens(k):  # number of a tile -> (1, N, enc_dim)
+        return vosr.semantic_tokens(crop(*places[k], h, w)).float()
+
     def encode(top, left, h, w):  # -> (C, h, w)
         part = None if draw is None else draw[..., top:top + h, left:left + w]
         return vosr.encode(crop(top, left, h, w), part)[0]
 
-    def tokens(k):  # number of a tile -> (1, N, enc_dim)
+    def semantics(some):  # numbers of tiles
         with torch.autocast(device.type, half, enabled=half is not None):
-            return vosr.semantic_tokens(crop(*places[k], h, w)).float()
+            return vosr.dit.semantics(torch.cat([tokens(k) for k in some]))
 
     def net(z, t, c_str, c_sem, r=None):
         with torch.autocast(device.type, half, enabled=half is not None):
@@ -291,11 +297,10 @@ def restore(enlarged, vosr, steps, seed, name, cfg_scale, alpha, tile, color, fi
     total = steps * len(places) * (1 if cfg_scale is None else 2)
     with tqdm(total=total, disable=None if progress else True, leave=False) as bar:
         if len(places) == 1:
-            field, c_sem = net, tokens(0)
-        else:  # a single step needs the tokens of a tile once, so they are not kept
-            field = tiled(net, places, h, w, cache(tokens) if steps > 1 else tokens,
-                          batch=4 if device.type == "cuda" else 1)
-            c_sem = noise.new_ones(1, 1, 1)
+            field, c_sem = net, semantics([0])
+        else:
+            kept = cache(semantics) if steps > 1 and len(places) <= KEPT_TILES else semantics
+            field, c_sem = tiled(net, places, h, w, kept, batch=4 if device.type == "cuda" else 1), []
         z = noise.mul_(vosr.tau * (1 - fidelity))
         z = finite(euler(field, z, c_str, c_sem, time_grid(steps), alpha, cfg_scale))
     canvas = torch.zeros(8 * height, 8 * width, 3, dtype=torch.uint8)

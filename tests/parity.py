@@ -165,13 +165,13 @@ def sampler(case):
     net, settings = load_dit(case), case.config["sampler"]
     z, c_str, c_sem = (case.inputs[name] for name in ("noise", "lq", "z"))
     alpha, interval = settings.get("alpha", 0), (settings.get("t_start", 0), settings.get("t_end", 1))
-    got = {"lq_weak": model.partial_condition(c_str, c_sem, alpha)[0]}
+    got, both = {"lq_weak": model.partial_condition(c_str, c_sem, alpha)[0]}, (c_sem, net.semantics(c_sem))
     for schedule, steps in itertools.product(settings["schedules"], settings["steps"]):
         got[f"t_{schedule}_{steps}"] = times = sample.time_grid(steps, schedule)
         for scale in settings.get("guidance", [None]):
             middle = "" if scale is None else f"_s{scale}"
-            latent = sample.euler(net, z, c_str, c_sem, times, alpha, scale, interval)
-            got[f"n{steps}{middle}_{schedule}"] = latent
+            got[f"n{steps}{middle}_{schedule}"] = [
+                sample.euler(net, z, c_str, s, times, alpha, scale, interval) for s in both]
     return got
 
 
@@ -186,7 +186,7 @@ def sampler_tiled(case):
         weight_sum[y:y + side, x:x + side] += window
     seen = [see(case.inputs["lq_pixels"][..., f * y:f * (y + side), f * x:f * (x + side)] / 127.5 - 1,
                 tile["dinov2_size"]) for y, x in (places[0], places[-1])]
-    fields = [(sample.tiled(net, places, side, side, lambda k: tokens[k:k + 1], batch), torch.ones(1, 1, 1))
+    fields = [(sample.tiled(net, places, side, side, lambda s: net.semantics(tokens[list(s)]), batch), [])
               for batch in (1, 4)] + [(net, tokens)] * (len(places) == 1)
     times = sample.time_grid(settings["steps"], settings["schedule"])
     return dict(window=window, weight_sum=weight_sum, venc_input_first=seen[0], venc_input_last=seen[1],
