@@ -109,7 +109,7 @@ def euler(net, z, c_str, c_sem, times, alpha=0.1, cfg_scale=None, interval=(0, 1
             v = guided_velocity(net, z, now, c_str, c_sem, alpha, cfg_scale)
         else:
             v = net(z, now, c_str, c_sem)
-        z = z - (t - t_next) * v.float()
+        z = torch.sub(z, v.float(), alpha=t - t_next)
     return z
 
 
@@ -145,7 +145,7 @@ def tiled(net, places, height, width, semantics, batch=1):
             for cut, v_tile in zip(cuts, v.float().unflatten(0, (len(z), -1)).unbind(1), strict=True):
                 total[cut] += g * v_tile
                 weight[cut] += g
-        return total / weight
+        return total.div_(weight)
 
     return blended
 
@@ -154,29 +154,34 @@ KEPT_TILES = 8  # semantic keys and values kept over the steps; 1.4B: 450 MB a t
 MARGIN, RAMP = 6, 4  # latent cells that a tile's own border spoils; width of the cross-fade behind them
 
 
-def assemble(piece, out, height, width, tile):
-    """Fill `out` (C, f height, f width) from overlapping pieces, cross-faded where all of them are sound.
+def assemble(piece, height, width, tile):
+    """Bands of the whole, top to bottom, from overlapping pieces: yields (first row, (C, rows, f width)).
 
-    piece(top, left, h, w) -> (C, f h, f w), float, for a window of latent cells. The tiny autoencoder sees no
-    further than MARGIN, so tiles change nothing; the published ones have norms and attention over the window.
-    Only a band of one tile's height is held in float. An 8-bit `out` is rounded half up.
+    piece(top, left, h, w) -> (C, f h, f w), float, for a window of latent cells. Pieces are cross-faded where
+    all of them are sound: the tiny autoencoder sees no further than MARGIN, so tiles change nothing; the
+    published ones have norms and attention over the window.
     """
-    f, tile, overlap = out.shape[-1] // width, max(tile, 32), 2 * MARGIN + RAMP
+    tile, overlap, rest = max(tile, 32), 2 * MARGIN + RAMP, None
     h, w = min(tile, height), min(tile, width)
 
-    def fade(start, length):  # (f length,): 0 ... 1 at the near end, 1 throughout where the picture begins
-        cells = (torch.arange(f * length, device=out.device) + 0.5) / f
+    def fade(start, length, f, device):  # 0 ... 1 at the near end, 1 throughout where the picture begins
+        cells = (torch.arange(length, device=device) + 0.5) / f
         return ((cells - MARGIN) / RAMP).clamp(0, 1) if start else torch.ones_like(cells)
 
-    for top in tile_layout(height, tile, overlap):
-        band, rows = torch.zeros(len(out), f * h, f * width, device=out.device), slice(f * top, f * (top + h))
+    for top, below in itertools.pairwise([*tile_layout(height, tile, overlap), height]):
+        band = None
         for left in tile_layout(width, tile, overlap):
-            cols = slice(f * left, f * (left + w))
-            new = piece(top, left, h, w).to(out.device)
-            band[..., cols] = torch.lerp(band[..., cols], new, fade(left, w))
-        band = torch.lerp(out[:, rows].float(), band, fade(top, h)[:, None])
-        out[:, rows] = band if out.is_floating_point() else (band + 0.5).clamp(0, 255)
-    return out
+            new = piece(top, left, h, w)
+            f = new.shape[-1] // w
+            if band is None:
+                band = new.new_zeros(len(new), f * h, f * width)
+            cols = band[..., f * left:f * (left + w)]
+            cols.lerp_(new, fade(left, f * w, f, new.device))
+        if rest is not None:  # what the pieces above said of these rows
+            shared = band[:, :rest.shape[1]]
+            shared.copy_(rest.lerp_(shared, fade(top, rest.shape[1], f, band.device)[:, None]))
+        yield f * top, band[:, :f * (below - top)]
+        rest = band[:, f * (below - top):]
 
 
 # ---------------------------------------------------------------- colour
@@ -244,8 +249,8 @@ def restore(enlarged, vosr, steps, seed, name, cfg_scale, alpha, tile, color, fi
             progress):
     """RGB picture enlarged by bicubic -> restored RGB picture of that size.
 
-    Pixels are kept as bytes and become floats tile by tile; latents are kept whole, each a third of the
-    picture's bytes with 16 channels. Raises FloatingPointError when a value is not finite.
+    Pixels are kept as Pillow keeps them (4 bytes) and become floats tile by tile; latents are kept whole, up to
+    four of them, a byte per pixel each. Raises FloatingPointError when a value is not finite.
     """
     device, half = next(vosr.parameters()).device, vosr.half
     rows, cols = (reflect(n, 0, max(64, -(-n // GRID) * GRID) - n) for n in enlarged.size[::-1])
@@ -292,7 +297,7 @@ def restore(enlarged, vosr, steps, seed, name, cfg_scale, alpha, tile, color, fi
             return 255 * image.clamp(0, 1)
         return 255 * wavelet(image.clamp(0, 1), crop(top, left, h, w)[0] * 0.5 + 0.5)
 
-    c_str = assemble(encode, torch.zeros_like(noise[0]), height, width, tile)[None]
+    c_str = torch.cat([band for _, band in assemble(encode, height, width, tile)], dim=1)[None]
     cfg_scale = vosr.defaults["cfg_scale"] if vosr.one_step or cfg_scale is None else cfg_scale
     total = steps * len(places) * (1 if cfg_scale is None else 2)
     with tqdm(total=total, disable=None if progress else True, leave=False) as bar:
@@ -303,9 +308,10 @@ def restore(enlarged, vosr, steps, seed, name, cfg_scale, alpha, tile, color, fi
             field, c_sem = tiled(net, places, h, w, kept, batch=4 if device.type == "cuda" else 1), []
         z = noise.mul_(vosr.tau * (1 - fidelity))
         z = finite(euler(field, z, c_str, c_sem, time_grid(steps), alpha, cfg_scale))
-    canvas = torch.zeros(8 * height, 8 * width, 3, dtype=torch.uint8)
-    assemble(paint, canvas.permute(2, 0, 1), height, width, tile)
-    picture = Image.fromarray(canvas[:enlarged.height, :enlarged.width].contiguous().numpy())
+    picture = Image.new("RGB", enlarged.size)
+    for top, band in assemble(paint, height, width, tile):  # half a level: rounded when cut off
+        levels = (band + 0.5).clamp(0, 255).byte().permute(1, 2, 0).cpu().contiguous()
+        picture.paste(Image.fromarray(levels.numpy()), (0, top))
     return adain_picture(picture, enlarged) if color == "adain" else picture
 
 

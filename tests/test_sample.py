@@ -108,7 +108,9 @@ def test_assembled_pieces_are_seamless():
         part[:, 8 * h - 48 * (top + h < 70):] = part[..., 8 * w - 48 * (left + w < 90):] = 1e6
         return part
 
-    assert torch.allclose(sample.assemble(piece, torch.zeros_like(whole), 70, 90, 32), whole, atol=1e-5)
+    bands = list(sample.assemble(piece, 70, 90, 32))
+    assert [top for top, _ in bands] == [0, *itertools.accumulate(b.shape[1] for _, b in bands[:-1])]
+    assert torch.allclose(torch.cat([band for _, band in bands], dim=1), whole, atol=1e-5)
 
 
 def test_one_tile_equals_no_tile_and_more_tiles_share_the_noise(student, teacher):
