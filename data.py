@@ -3,38 +3,41 @@
     python data.py show photos/                         # contact_sheet.png: HR | LR | what was drawn
     python data.py show procedural --degradation mild   # pictures that need no download, milder
 
-In this order: image files, the degradation (one function per operation, then draw_degradation and degrade),
-sources of training pictures. Pixels are float32 in [0, 1] except where uint8 is written. The degradation is
-Real-ESRGAN's two stages of blur, resize, noise and JPEG as VOSR uses them, with one difference: each sample
-has its own draws, not each batch.
+Pixels are float32 in [0, 1] except where uint8 is written. The degradation is Real-ESRGAN's two stages of
+blur, resize, noise and JPEG as VOSR uses them, but each sample has its own draws, not each batch.
 """
 import functools
 import hashlib
+import io
 import itertools
 import math
 import os
 import re
 import shutil
+import struct
+import threading
+from collections import namedtuple
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
 
 from config import cli, die
 
-# ------------------------------------------------------------------------------------------------------------
-# Settings. Pairs are ranges of uniform draws; rows of `resize` are (share, lowest, highest factor).
-
+# ---------------------------------------------------------------- settings
+# Pairs are ranges of uniform draws; rows of `kernels` and `resize` are (value, share of samples).
 KERNEL_SIZES = (7, 9, 11, 13, 15, 17, 19, 21)
+BETA = dict(generalized=((0.5, 1.0), (1.0, 4.0)), plateau=((1.0, 1.0), (1.0, 2.0)))  # one of two ranges
 FIRST = dict(  # Real-ESRGAN's ranges, which VOSR uses unchanged
     blur=1.0,  # share of samples that are blurred
     kernels=(("iso", 0.405), ("aniso", 0.225), ("generalized_iso", 0.108), ("generalized_aniso", 0.027),
-             ("plateau_iso", 0.108), ("plateau_aniso", 0.027), ("sinc", 0.1)),  # kind, share
+             ("plateau_iso", 0.108), ("plateau_aniso", 0.027), ("sinc", 0.1)),
     sigma=(0.2, 3.0),  # of the blur, in pixels
-    resize=((0.2, 1.0, 1.5), (0.7, 0.15, 1.0), (0.1, 1.0, 1.0)),  # None: straight to the LR size
+    resize=(((1.0, 1.5), 0.2), ((0.15, 1.0), 0.7), ((1.0, 1.0), 0.1)),  # None: straight to the LR size
     modes=("area", "bilinear", "bicubic"),
     gaussian=0.5,  # share of Gaussian noise, the rest is Poisson noise
     gaussian_sigma=(1.0, 30.0),  # in levels of 255
@@ -42,8 +45,8 @@ FIRST = dict(  # Real-ESRGAN's ranges, which VOSR uses unchanged
     gray=0.4,  # share of noise without colour
     jpeg=(30.0, 95.0),  # quality
 )
-SECOND = FIRST | dict(blur=0.8, sigma=(0.2, 1.5), resize=((0.3, 1.0, 1.2), (0.4, 0.3, 1.0), (0.3, 1.0, 1.0)),
-                      gaussian_sigma=(1.0, 25.0), poisson_scale=(0.05, 2.5))
+SECOND = FIRST | dict(blur=0.8, sigma=(0.2, 1.5), gaussian_sigma=(1.0, 25.0), poisson_scale=(0.05, 2.5),
+                      resize=(((1.0, 1.2), 0.3), ((0.3, 1.0), 0.4), ((1.0, 1.0), 0.3)))
 ONLY = FIRST | dict(kernels=(("iso", 0.7), ("aniso", 0.3)), sigma=(0.2, 2.0), resize=None,
                     modes=("area", "area", "bilinear", "bicubic"), gaussian=1.0, gaussian_sigma=(0.0, 6.0),
                     jpeg=(60.0, 96.0))
@@ -63,8 +66,13 @@ class Config:
     inputs: tuple = ()  # show SOURCE
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Image files
+# ---------------------------------------------------------------- image files
+MAX_PIXELS = 200_000_000  # larger pictures are refused by their header
+LONGEST_SIDE = {".jpg": 65500, ".jpeg": 65500, ".webp": 16383}  # that the encoders can write
+Picture = namedtuple("Picture", "rgb alpha grey icc notes")  # see split_picture
+reading = threading.Lock()
+BROKEN = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, LookupError, TypeError, struct.error,
+          Image.DecompressionBombError)  # what Pillow raises at a broken file
 
 
 def keyed_generator(device, *key):
@@ -73,24 +81,86 @@ def keyed_generator(device, *key):
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)  # 63 bits
 
 
-def decode(path):
-    """Image file -> (H, W, 3) array, upright: uint8, or uint16 for 16-bit grey. ValueError if that fails."""
-    try:
-        with Image.open(path) as picture:
-            form = picture.format
-            picture = ImageOps.exif_transpose(picture)
-            if picture.mode.startswith("I;16") or (picture.mode == "I" and form == "PNG"):
-                grey = np.asarray(picture).astype(np.uint16)  # Pillow's own conversion would clip at 255
-                return np.repeat(grey[..., None], 3, axis=2)
-            if picture.mode in ("I", "F"):
-                raise ValueError(f"pixels of unknown range, mode {picture.mode}")
-            if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in picture.info:
-                picture = picture.convert("RGBA")
-                picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-            return np.array(picture.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, EOFError, RuntimeError, Image.DecompressionBombError) as reason:
-        wanted = "is not an image that can be read; PNG, JPEG, WebP, ... work"
-        raise ValueError(f"{path} {wanted} ({reason})") from None
+def is_deep(image):
+    """Whether it is 16-bit grey, which Pillow may hold in 32 bits. ValueError if the range is unknown."""
+    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+        raise ValueError(f"pixels of unknown range, mode {image.mode}; 8 and 16 bits per channel work")
+    return image.mode.startswith("I")
+
+
+def open_picture(path, max_pixels=MAX_PIXELS):
+    """Image file -> PIL image: first frame, decoded, upright. ValueError with a line that names the file."""
+    with reading:  # Pillow's own limit is a global, and too low: it warns at 89 million pixels
+        known, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            with Image.open(path) as picture:
+                width, height = picture.size
+                if width * height <= max_pixels:
+                    Image.MAX_IMAGE_PIXELS = max_pixels  # for formats that hold pictures of other formats
+                    frames = 1 if picture.format == "MPO" else getattr(picture, "n_frames", 1)
+                    picture.stored = frames, str(picture.tile)  # lost by decoding; MPO: extras of a phone
+                    is_deep(picture)  # or ValueError
+                    ImageOps.exif_transpose(picture, in_place=True)
+                    return picture
+            wrong = f"has {width}x{height} pixels, the limit is {max_pixels}; --max_pixels N allows more"
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            wrong = "is a folder" if os.path.isdir(path) else "does not exist"
+        except BROKEN as reason:
+            reason = "it is empty" if os.path.isfile(path) and not os.path.getsize(path) else reason
+            wrong = f"is not an image that can be read; PNG, JPEG, WebP, ... work ({reason})"
+        finally:
+            Image.MAX_IMAGE_PIXELS = known
+    raise ValueError(f"{path} {wrong}")
+
+
+def split_picture(image):
+    """PIL image of any mode -> Picture, upright, 8 bits per channel. ValueError for pixels of unknown range.
+
+    rgb: RGB, may be `image` itself; alpha: L, or None; grey: whether it had no colours; icc: its profile if
+    that describes RGB, or grey pixels; notes: for the user, what else was done to it.
+    """
+    frames, packing = getattr(image, "stored", (1, str(getattr(image, "tile", ""))))
+    deep, icc = is_deep(image), image.info.get("icc_profile")
+    notes = [f"first of {frames} frames"] if frames > 1 else []
+    if deep or ";16" in packing:  # colours were reduced by Pillow
+        notes.append("16 bits per channel become 8")
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # else it would be copied
+        image = ImageOps.exif_transpose(image)
+    if deep:  # level / 257, rounded, where 65408 and more are 255, too; Pillow would clip at 255
+        image = Image.fromarray(((np.minimum(np.asarray(image), 65407) + 128) // 257).astype(np.uint8))
+    if image.mode == "CMYK":
+        from PIL import ImageCms  # LittleCMS is an optional part of Pillow
+        try:
+            srgb = ImageCms.createProfile("sRGB")
+            image = ImageCms.profileToProfile(image, io.BytesIO(icc), srgb, outputMode="RGB")
+            notes.append("CMYK converted to sRGB by its profile")
+        except (ImportError, ImageCms.PyCMSError):
+            notes.append("CMYK without a profile that works, converted naively")
+    grey, alpha = image.mode in ("1", "L", "LA", "La") or "LA;16" in packing, None
+    if image.has_transparency_data:
+        image = image.convert("LA") if image.mode == "La" else image
+        image = image if image.mode == "RGBA" else image.convert("RGBA")
+        alpha = image.getchannel("A")
+    rgb = image if image.mode == "RGB" else image.convert("RGB")
+    fits = icc and icc[16:20] == (b"GRAY" if grey else b"RGB ")
+    return Picture(rgb, alpha, grey, icc if fits else None, tuple(notes))
+
+
+def on_white(rgb, alpha):
+    """RGB picture seen through alpha, L or None, on white paper."""
+    if alpha is None:
+        return rgb
+    paper = Image.new("RGB", rgb.size, "white")
+    paper.paste(rgb, mask=alpha)
+    return paper
+
+
+def decode(path, keep_16_bits=True):
+    """Image file -> (H, W, 3), upright, alpha on white: uint8, or uint16 for 16-bit grey. ValueError."""
+    picture = open_picture(path)
+    if keep_16_bits and is_deep(picture):
+        return np.repeat(np.asarray(picture).astype(np.uint16)[..., None], 3, axis=2)
+    return np.array(on_white(*split_picture(picture)[:2]))
 
 
 def read_image(path):
@@ -107,10 +177,7 @@ def to_pillow(image):
 
 
 def write_whole(path, write):
-    """write(hidden) makes a file or folder beside `path` under a hidden name; flushed, then renamed.
-
-    So a reader never sees half of it, and what was there stays until the new one is complete.
-    """
+    """write(hidden) makes a file or folder beside `path`, flushed and renamed: nobody sees half of it."""
     path = Path(path)
     hidden = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
@@ -118,18 +185,33 @@ def write_whole(path, write):
         for part in hidden.iterdir() if hidden.is_dir() else [hidden]:
             with open(part, "rb+") as file:
                 os.fsync(file.fileno())
-        if path.is_dir():
-            shutil.rmtree(path)
+        if hidden.is_dir():  # only a folder may replace a folder
+            shutil.rmtree(path, ignore_errors=True)
         os.replace(hidden, path)
     finally:
-        if hidden.is_dir():
-            shutil.rmtree(hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
         hidden.unlink(missing_ok=True)
+
+
+def save_picture(path, rgb, alpha=None, grey=False, icc=None):
+    """Write RGB, as L if grey, with alpha (L; JPEG: on white), in the format of the extension. ValueError."""
+    suffix = Path(path).suffix.lower()
+    if max(rgb.size) > (longest := LONGEST_SIDE.get(suffix, math.inf)):
+        raise ValueError(f"{path}: {max(rgb.size)} px a side, {suffix} has {longest} at most; PNG has more")
+    if suffix in (".jpg", ".jpeg"):
+        rgb, alpha = on_white(rgb, alpha), None
+    picture = rgb.convert("L") if grey else rgb
+    if alpha is not None:
+        picture = picture.copy()  # putalpha works in place
+        picture.putalpha(alpha)
+    options = dict(quality=95, subsampling="4:4:4")  # of JPEG, the first of WebP, too; others ignore them
+    icc = None if grey and suffix == ".webp" else icc  # WebP stores grey as RGB
+    write_whole(path, lambda hidden: picture.save(hidden, icc_profile=icc, **options))
 
 
 def write_image(path, image):
     """Write (3, H, W) float in [0, 1]; the extension decides the format."""
-    write_whole(path, to_pillow(image).save)
+    save_picture(path, to_pillow(image))
 
 
 def enlarge(image, height, width):
@@ -138,10 +220,9 @@ def enlarge(image, height, width):
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Degradation operations. The samples of a batch may differ in size: sample b fills the upper left
-# sizes[b] = (h, w) of the canvas (B, 3, H, W); what lies outside is never read. sizes = None: all fill it.
-
+# ---------------------------------------------------------------- operations of the degradation
+# Samples of a batch may differ in size: b fills the upper left sizes[b] = (h, w) of the canvas (B, 3, H, W),
+# what lies outside is never read. sizes = None: all fill it.
 
 def outside(image, sizes):
     """Mask (B, 1, H, W) of the pixels that belong to no sample; None if there are none."""
@@ -167,10 +248,9 @@ def blur_kernel(kind, size, sigma_x=1.0, sigma_y=1.0, theta=0.0, beta=1.0, cutof
         kernel = cutoff * torch.special.bessel_j1(torch.from_numpy(cutoff * r)).numpy() / (2 * math.pi * r)
         kernel[centre] = cutoff**2 / (4 * math.pi)
     else:
-        if kind.endswith("aniso"):
-            x, y = x * math.cos(theta) + y * math.sin(theta), y * math.cos(theta) - x * math.sin(theta)
-        else:
-            sigma_y = sigma_x
+        if not kind.endswith("aniso"):
+            sigma_y, theta = sigma_x, 0.0
+        x, y = x * math.cos(theta) + y * math.sin(theta), y * math.cos(theta) - x * math.sin(theta)
         d2 = (x / sigma_x) ** 2 + (y / sigma_y) ** 2
         if kind.startswith(("generalized", "plateau")):
             d2 = d2**beta
@@ -186,11 +266,8 @@ def fast_length(n):
 
 
 def reflect(image, pad, sizes):
-    """Reflect each sample at its edges (edge not repeated) -> (B, 3, H + 2 pad, W + 2 pad).
-
-    Where pad exceeds a side the reflection repeats, so that every size down to 1 px works.
-    """
-    for dim in (2, 3):
+    """Reflect each sample at its edges (edge not repeated) -> (B, 3, H + 2 pad, W + 2 pad)."""
+    for dim in (2, 3):  # where pad exceeds a side the reflection repeats: every size from 1 px works
         n = image.shape[dim]
         period = torch.tensor([max(2 * size[dim - 2] - 2, 1) for size in sizes], device=image.device)[:, None]
         index = torch.arange(-pad, n + pad, device=image.device) % period  # (B, n + 2 pad)
@@ -213,10 +290,7 @@ def blur(image, kernels, sizes=None):
 
 
 def resize_matrix(mode, n_in, n_out, step, shape, device):
-    """Matrices (B, *shape) that resize one axis from n_in to n_out pixels, (B,) each, without antialiasing.
-
-    Output pixel i looks at position (i + 0.5) step - 0.5; edge pixels are repeated.
-    """
+    """Matrices (B, *shape) that resize one axis from n_in to n_out pixels, (B,) each, not antialiased."""
     i = torch.arange(shape[0])
     if mode == "area":  # mean of all pixels that the output pixel touches
         first = (i * n_in[:, None] // n_out[:, None]).to(device)[..., None]
@@ -321,14 +395,12 @@ def quantise(plane, table, factor):
 
 
 def jpeg(image, quality, sizes=None):
-    """JPEG with 4:2:0 chroma and quality (B,), any float; clamps its input. Only coefficients are rounded.
-
-    Zeros pad each sample to multiples of 16, so blocks at the right and bottom edge ring, as in the original.
-    """
+    """JPEG with 4:2:0 chroma, quality (B,) of any floats; clamps its input, rounds only coefficients."""
     (H, W), beyond = image.shape[-2:], outside(image, sizes)
+    quality = torch.as_tensor(quality, device=image.device)
     factor = torch.where(quality < 50, 5000 / quality, 200 - 2 * quality) / 100
     image = image.clamp(0, 1) if beyond is None else image.clamp(0, 1).masked_fill(beyond, 0)
-    image = F.pad(image * 255, (0, -W % 16, 0, -H % 16))
+    image = F.pad(image * 255, (0, -W % 16, 0, -H % 16))  # zeros: edge blocks ring, as in the original
     planes = torch.einsum("ij,bjhw->bihw", TO_YCBCR.to(image.device), image)
     y = quantise(planes[:, :1] - 128, LUMA_TABLE, factor) + 128
     chroma = quantise(F.avg_pool2d(planes[:, 1:], 2), CHROMA_TABLE, factor)  # its offsets, +128 - 128, cancel
@@ -342,10 +414,7 @@ def round_levels(image):
     return (image * 255).round().clamp(0, 255) / 255
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The pipeline: plain draws for each sample, then the operations in order
-
-
+# ---------------------------------------------------------------- the degradation, drawn and applied
 def uniform_numbers(generator, count):
     """A function uniform(low, high) that yields up to `count` numbers of the generator."""
     numbers = iter(torch.rand(count, generator=generator, device=generator.device).tolist())
@@ -360,10 +429,8 @@ def draw_kernel(uniform, pick, kernels, sigma):
     draw = dict(kind=kind, size=size, sigma_x=uniform(*sigma))
     if kind.endswith("aniso"):
         draw |= dict(sigma_y=uniform(*sigma), theta=uniform(-math.pi, math.pi))
-    if kind.startswith("generalized"):
-        draw["beta"] = uniform(*pick(((0.5, 1.0), (1.0, 4.0))))
-    if kind.startswith("plateau"):
-        draw["beta"] = uniform(*pick(((1.0, 1.0), (1.0, 2.0))))
+    if shape := BETA.get(kind.split("_")[0]):
+        draw["beta"] = uniform(*pick(shape))
     return draw
 
 
@@ -380,16 +447,13 @@ def draw_degradation(height, width, generator, settings, scale=4):
     for n, stage in enumerate(settings["stages"], start=1):
         if uniform() < stage["blur"]:
             draws[f"kernel{n}"] = draw_kernel(uniform, pick, stage["kernels"], stage["sigma"])
-        mode = pick(stage["modes"])
-        if stage["resize"] is None:
-            draws[f"resize{n}"] = dict(size=small, mode=mode)
-        else:
-            shares, *ranges = zip(*stage["resize"], strict=True)
-            factor = uniform(*pick(tuple(zip(*ranges, strict=True)), shares))
+        mode, grid = pick(stage["modes"]), dict(size=small)
+        if stage["resize"]:
+            factor = uniform(*pick(*zip(*stage["resize"], strict=True)))
             size = tuple(max(1, int(side / scale * factor)) for side in (height, width))
             # The first resize is called with the factor, the second with a size: their grids differ.
             grid = dict(scale_factor=factor) if n == 1 else dict(size=size, factor=factor)
-            draws[f"resize{n}"] = dict(mode=mode) | grid
+        draws[f"resize{n}"] = dict(mode=mode) | grid
         kind = "gaussian" if uniform() < stage["gaussian"] else "poisson"
         strength = uniform(*stage["gaussian_sigma" if kind == "gaussian" else "poisson_scale"])
         draws[f"noise{n}"] = dict(kind=kind, strength=strength, gray=uniform() < stage["gray"])
@@ -440,12 +504,8 @@ def degrade_with(hr, draws, randn, poisson, enlarged=True):
         kernels = [F.pad(kernel, [(k - len(kernel)) // 2] * 4) for kernel in kernels]
         return blur(x, torch.stack(kernels), sizes)
 
-    def compressed(x, qualities, sizes):
-        return jpeg(x, torch.tensor(qualities, device=x.device), sizes)
-
     def noisy(x, noises, sizes):
-        strength = torch.tensor([noise["strength"] for noise in noises], device=x.device)
-        gray = noises[0]["gray"]
+        gray, strength = noises[0]["gray"], torch.tensor([n["strength"] for n in noises], device=x.device)
         if noises[0]["kind"] == "poisson":
             return poisson_noise(x, strength, poisson, gray, sizes)
         return gaussian_noise(x, strength, randn((len(x), 1 if gray else 3, *x.shape[-2:])))
@@ -457,10 +517,10 @@ def degrade_with(hr, draws, randn, poisson, enlarged=True):
         for like in itertools.product(("gaussian", "poisson"), (False, True)):  # together what is alike
             alike = [v if v and (v["kind"], v["gray"]) == like else None for v in values(f"noise{n}")]
             x = operate(x, sizes, alike, noisy)
-        x = operate(x, sizes, values("jpeg1" if n == "1" else "jpeg2_early"), compressed)
+        x = operate(x, sizes, values("jpeg1" if n == "1" else "jpeg2_early"), jpeg)
     x, sizes = resize(x, values("resize_lr"), sizes)
     x = operate(x, sizes, values("sinc"), blurred)
-    x = operate(x, sizes, values("jpeg2_late"), compressed)
+    x = operate(x, sizes, values("jpeg2_late"), jpeg)
     if enlarged:
         x, sizes = resize(x, values("resize_back"), sizes)
     return round_levels(x)
@@ -486,9 +546,8 @@ def degrade(hr, generator, kind="full", enlarged=True, scale=4):
         return torch.poisson(rate.to(generator.device), generator=generator).to(hr.device)
 
     # Sample by sample on a CPU, where no work is to be wasted; on a GPU few large calls, like sizes together.
-    chunk, order = 64 if hr.is_cuda else 1, list(range(B))
-    if hr.is_cuda:
-        order.sort(key=lambda b: draws[b]["resize1"].get("scale_factor", 0))
+    chunk = 64 if hr.is_cuda else 1
+    order = sorted(range(B), key=lambda b: draws[b]["resize1"].get("scale_factor", 0) if hr.is_cuda else b)
     lr = torch.empty(B, 3, *((H, W) if enlarged else (H // scale, W // scale)), device=hr.device)
     threads = torch.get_num_threads()  # one sample is too little work to share: several threads are slower
     torch.set_num_threads(threads if hr.is_cuda else 1)
@@ -501,9 +560,7 @@ def degrade(hr, generator, kind="full", enlarged=True, scale=4):
     return lr
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Sources of training pictures
-
+# ---------------------------------------------------------------- sources of training pictures
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".jp2", ".avif")
 
 
@@ -513,95 +570,56 @@ def permutation(n, seed, epoch):
     return torch.randperm(n, generator=keyed_generator("cpu", "permutation", seed, epoch)).tolist()
 
 
-class Files:
-    """Pictures in files. `bad` and `small` collect those that cannot be used."""
+class Source:
+    """Numbered pictures: files, or endless ones made by dead_leaves if there are no `names`."""
 
-    limit = 0.01  # share of unreadable pictures above which training stops; one is always allowed
+    def __init__(self, spec, names=()):
+        self.spec, self.names, self.bad, self.small = spec, names, set(), set()  # numbers that are of no use
+        self.limit = 0.01  # share of unreadable files above which training stops; one is always allowed
 
-    def __init__(self, spec, names):
-        self.spec, self.names, self.bad, self.small = spec, names, set(), set()
-
-    def __len__(self):
-        return len(self.names)
-
-    def image(self, index, generator=None, side=None):
-        """Picture number `index` -> uint8 (3, H, W), or ValueError. generator, side: see Procedural."""
-        pixels = decode(self.names[index])
-        if pixels.dtype == np.uint16:
-            pixels = (pixels / 257 + 0.5).astype(np.uint8)
-        return torch.from_numpy(pixels).permute(2, 0, 1)
+    def image(self, index, generator=None, side=256):
+        """Picture -> uint8 (3, H, W), or ValueError; a made one follows from generator and side alone."""
+        if not self.names:
+            return dead_leaves(generator, side)
+        return torch.from_numpy(decode(self.names[index], keep_16_bits=False)).permute(2, 0, 1)
 
     def choose(self, index, seed):
         """Candidates for sample `index` of a run: its picture, then the next; a new order every epoch."""
-        for i in range(index, index + len(self)):
-            yield permutation(len(self), seed, i // len(self))[i % len(self)]
-
-    def reject(self, index, reason):
-        """Count and report an unreadable picture. Raises ValueError when they are too many."""
-        self.bad.add(index)
-        print(f"unreadable: {reason}", flush=True)
-        if len(self.bad) > max(1, self.limit * len(self)):
-            raise ValueError(f"{self.spec}: {len(self.bad)} of {len(self)} cannot be read; remove them")
-
-
-class Procedural:
-    """Endless pictures that need no download, see dead_leaves."""
-
-    spec, names, bad, small = "procedural", ("procedural",), frozenset(), frozenset()
-
-    def __len__(self):
-        return 1 << 31
-
-    def image(self, index, generator, side=256):
-        """Picture -> uint8 (3, side, side), made of the generator's numbers alone."""
-        return dead_leaves(generator, side)
-
-    def choose(self, index, seed):
-        yield index
+        n = len(self.names)
+        return (permutation(n, seed, i // n)[i % n] for i in range(index, index + n)) if n else [index]
 
 
 def open_source(spec):
-    """"procedural", a folder (searched recursively without dot-files), or a text file with a path per line.
-
-    Relative paths in a list count from the list's folder. Raises ValueError.
-    """
+    """"procedural", a folder with sub-folders, or a text file with a path per line. Raises ValueError."""
     path, wanted = Path(spec), "give a folder, a list file, or procedural"
     if str(spec) == "procedural":
-        return Procedural()
-    if path.suffix.lower() == ".tar" or (path.is_dir() and any(path.glob("*.tar"))):
-        raise ValueError(f"{spec}: tar files are not supported yet; unpack them and give the folder")
-    if path.suffix.lower() in SUFFIXES and path.is_file():
-        raise ValueError(f"{spec} is one picture; {wanted}")
+        return Source("procedural")
     if path.is_dir():
-        files = sorted(path.rglob("*"))
-        names = [file for file in files if file.suffix.lower() in SUFFIXES and file.is_file()
-                 and not any(part.startswith(".") for part in file.relative_to(path).parts)]
+        names = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in SUFFIXES and p.is_file()
+                 and not any(part.startswith(".") for part in p.relative_to(path).parts)]
     elif path.is_file():
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
         except UnicodeDecodeError:
             raise ValueError(f"{spec} is not a text file; {wanted}") from None
-        names = [path.parent / line.strip() for line in lines if line.strip()]
+        names = [path.parent / line.strip() for line in lines if line.strip()]  # relative to the list
     else:
         raise ValueError(f"{spec} does not exist; {wanted}")
     if not names:
-        raise ValueError(f"{spec} holds no pictures; {', '.join(SUFFIXES)} are looked for")
-    return Files(str(spec), [str(name) for name in names])
+        raise ValueError(f"{spec} holds no pictures; {', '.join(SUFFIXES)} are read, tar files are not")
+    return Source(str(spec), [str(name) for name in names])
 
 
 def describe(source):
     """A line to print at opening: number of pictures, smallest side (of 200 of them), first three names."""
-    if isinstance(source, Procedural):
+    if not source.names:
         return "procedural pictures, endless"
     sides = []
-    for name in source.names[:: max(1, len(source) // 200)]:
-        try:
-            with Image.open(name) as picture:
-                sides.append(min(picture.size))
-        except (OSError, ValueError, Image.DecompressionBombError):
-            continue  # it is reported when its turn comes
+    for name in source.names[:: max(1, len(source.names) // 200)]:
+        with suppress(*BROKEN), Image.open(name) as picture:  # it is reported when its turn comes
+            sides.append(min(picture.size))
     smallest = f"smallest side {min(sides)} px" if sides else "none readable"
-    return f"{source.spec}: {len(source)} pictures, {smallest}: {', '.join(source.names[:3])}, ..."
+    return f"{source.spec}: {len(source.names)} pictures, {smallest}: {', '.join(source.names[:3])}, ..."
 
 
 def crop(source, index, resolution, seed):
@@ -617,14 +635,17 @@ def crop(source, index, resolution, seed):
         try:
             image = source.image(candidate, generator, resolution)
         except ValueError as reason:
-            source.reject(candidate, reason)
+            source.bad.add(candidate)
+            print(f"unreadable: {reason}", flush=True)
+            bad, n = len(source.bad), len(source.names)
+            if bad > max(1, source.limit * n):
+                raise ValueError(f"{source.spec}: {bad} of {n} cannot be read, remove them") from None
             continue
         room = [side - resolution for side in image.shape[1:]]
-        if min(room) < 0:
-            source.small.add(candidate)
-            continue
-        top, left = (int(torch.randint(n + 1, (), generator=generator)) for n in room)
-        return image[:, top : top + resolution, left : left + resolution].contiguous()
+        if min(room) >= 0:
+            top, left = (int(torch.randint(n + 1, (), generator=generator)) for n in room)
+            return image[:, top : top + resolution, left : left + resolution].contiguous()
+        source.small.add(candidate)
     raise ValueError(f"{source.spec}: {len(source.small)} pictures are smaller than {resolution} px, "
                      f"{len(source.bad)} cannot be read, none is left; lower --resolution")
 
@@ -639,9 +660,7 @@ class Crops(torch.utils.data.Dataset):
         return crop(self.source, index, self.resolution, self.seed)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Procedural pictures
-
+# ---------------------------------------------------------------- procedural pictures
 font = functools.lru_cache(maxsize=128)(ImageFont.load_default)  # Pillow's own, by size
 
 
@@ -667,10 +686,8 @@ def dead_leaves(generator, side=256):
         patterns = (128 + (uniform(-120, 120) if uniform() < share else 0) for share in (0.6, 0.6, 0.15))
         return tuple(int(min(max(c + uniform(-25, 25), 0), 255)) for c in ink), tuple(map(int, patterns))
 
-    inks = []
-    for _ in range(6):
-        level, strength = uniform(10, 245), 90 * uniform() ** 3  # mostly pale
-        inks.append([level + uniform(-strength, strength) for _ in range(3)])
+    tones = ((uniform(10, 245), 90 * uniform() ** 3) for _ in range(6))  # level, strength: mostly pale
+    inks = [[level + uniform(-strength, strength) for _ in range(3)] for level, strength in tones]
     pictures = [Image.new("RGB", (big, big), fill) for fill in fills()]  # the same shapes: colours, patterns
     pens = [ImageDraw.Draw(picture) for picture in pictures]
     radii = [1 / uniform(1 / big, 1 / 4) for _ in range(40 + big * big // 1500)]  # density r^-2
@@ -704,36 +721,26 @@ def dead_leaves(generator, side=256):
     return (image * light + 0.5).clamp(0, 255).byte()
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The contact sheet
-
-
-def contact_sheet(source, cfg):
-    """A PIL picture with a row per sample: HR | LR enlarged | what was drawn."""
-    side = max(cfg.resolution, 256)
-    sheet = Image.new("RGB", (2 * side + 560, cfg.rows * (side + 4)), "white")
-    for row in range(cfg.rows):
-        hr = crop(source, row, cfg.resolution, cfg.seed)[None] / 255
-        key, top = ("show", cfg.seed, row), row * (side + 4)
-        lr = degrade(hr, keyed_generator("cpu", *key), cfg.degradation)
-        draws = draw_batch(1, *hr.shape[2:], keyed_generator("cpu", *key), cfg.degradation)[0]  # once more
-        for column, image in enumerate((hr[0], lr[0])):
-            picture = to_pillow(image).resize((side, side), Image.Resampling.NEAREST)
-            sheet.paste(picture, (column * (side + 4), top))
-        lines = [f"{key}: {value}".translate(dict.fromkeys(map(ord, "{}'"))) for key, value in draws.items()]
-        text = re.sub(r"(\.\d\d)\d+", r"\1", "\n".join(lines))
-        ImageDraw.Draw(sheet).text((2 * side + 16, top), text, "black", font(13))
-    return sheet
-
-
+# ---------------------------------------------------------------- the contact sheet
 def main(cfg):
+    """`show`: a row per sample, HR | LR enlarged | what was drawn."""
     if len(cfg.inputs) != 2 or cfg.inputs[0] != "show":
         die("usage: python data.py show SOURCE; SOURCE is a folder, a list file or procedural")
+    side = max(cfg.resolution, 256)
+    sheet = Image.new("RGB", (2 * side + 560, cfg.rows * (side + 4)), "white")
     try:
         source = open_source(cfg.inputs[1])
         source.limit = 1.0  # a look at the data stops for no bad file
         print(describe(source))
-        contact_sheet(source, cfg).save(cfg.out)
+        for row, top in enumerate(range(0, sheet.height, side + 4)):
+            hr, key = crop(source, row, cfg.resolution, cfg.seed)[None] / 255, ("show", cfg.seed, row)
+            lr = degrade(hr, keyed_generator("cpu", *key), cfg.degradation)
+            draws = draw_batch(1, *hr.shape[2:], keyed_generator("cpu", *key), cfg.degradation)[0]  # again
+            for left, image in ((0, hr[0]), (side + 4, lr[0])):
+                sheet.paste(to_pillow(image).resize((side, side), Image.Resampling.NEAREST), (left, top))
+            text = re.sub(r"(\.\d\d)\d+|[{}']", r"\1", "\n".join(f"{k}: {v}" for k, v in draws.items()))
+            ImageDraw.Draw(sheet).text((2 * side + 16, top), text, "black", font(13))
+        sheet.save(cfg.out)
     except (ValueError, OSError) as reason:
         die(reason)
     print(f"wrote {cfg.out}")

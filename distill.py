@@ -22,9 +22,8 @@ from model import (
     TinyAutoencoder,
     both_branches,
     frozen_paths,
-    keeps_semantic_encoder,
     load_dit,
-    load_semantic_encoder,
+    load_frozen,
     load_vae,
     model_folder,
     partial_condition,
@@ -181,8 +180,7 @@ def load_around(cfg, device, path, student):
             raise ValueError(f"{path} has {field.name} {theirs}, this run {mine}: choose its --preset, "
                              f"or give --{field.name}")
     if cfg.ae_type == "tiny":
-        beside = path if keeps_semantic_encoder(path) else frozen_paths(cfg, cfg.weights)[1]
-        semantic = load_semantic_encoder(beside, cfg)
+        _, semantic = load_frozen(cfg, cfg.weights, path)
         vosr.semantic_encoder = semantic.to(device).eval().requires_grad_(False)
     cfg.auxiliary_time_cond = True                                              # what this run makes or uses
     return vosr

@@ -164,7 +164,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(channels, dim, patch, stride=patch)
 
     def forward(self, x):
-        return self.proj(x).flatten(2).transpose(1, 2)                                # (B, T, D), row-major
+        return self.proj(x).flatten(2).transpose(1, 2).contiguous()                   # (B, T, D), row-major
 
 
 class FinalLayer(nn.Module):
@@ -752,7 +752,7 @@ def load_dit(folder, half=None):
     """
     source, path = find_weights(folder), find_settings(folder)
     args = read_json(path)
-    tensors = {n: v for n, v in read_tensors(source).items() if "semantic_encoder." not in n}
+    tensors = {n: v for n, v in read_tensors(source).items() if BESIDE not in n}
     cfg = read_config(args | {"auxiliary_time_cond": any("r_embedder." in name for name in tensors)}, path)
     if args.get("auxiliary_time_cond") not in (None, cfg.auxiliary_time_cond):
         raise ValueError(f"{source} {'has' if cfg.auxiliary_time_cond else 'lacks'} r_embedder, "
@@ -764,9 +764,9 @@ def start_from(folder, net):
     """--init: weights of a model folder into net; the tiny encoder may lie beside it, as in weights/tiny."""
     path, wanted = find_weights(folder), net.state_dict()
     tensors = read_tensors(path)
-    if any(name.startswith("semantic_encoder.") for name in wanted.keys() - tensors.keys()):
+    if any(name.startswith(BESIDE) for name in wanted.keys() - tensors.keys()):
         beside = read_tensors(find_weights(model_folder(folder).parent / "semantic"))
-        tensors |= {f"semantic_encoder.{name}": value for name, value in beside.items()}
+        tensors |= {BESIDE + name: value for name, value in beside.items()}
     load_strict(net, {n: v for n, v in tensors.items() if "feat_rope." not in n}, path)  # of any size
 
 
@@ -806,6 +806,7 @@ def load_vae(folder, light_decoder=None, ae_type=None):
     return vae
 
 
+BESIDE = "semantic_encoder."  # names of the tiny encoder in a run of train.py, beside its DiT
 FROZEN = {  # per autoencoder type: where the parts that DiT training leaves alone are, in the weights folder
     "tiny": ("tiny/vae", "tiny/semantic"),
     "sd2": ("stable-diffusion-2-1-base/vae", "torch_cache/checkpoints/dinov2_vitb14_pretrain.pth"),
@@ -818,22 +819,13 @@ def frozen_paths(cfg, weights):
     return tuple(Path(weights, path) for path in FROZEN[cfg.ae_type])
 
 
-def keeps_semantic_encoder(folder):
-    """Whether the weights of a tiny run hold the semantic encoder that its DiT learned with."""
-    return any(name.startswith("semantic_encoder.") for name in read_tensors(find_weights(folder)))
-
-
 def load_semantic_encoder(path, cfg):
-    """DINOv2 from its .pth file (the size is read off the tensors), or the tiny encoder from a folder.
-
-    A run of train.py keeps the tiny encoder beside the DiT that it learned with: such a folder works, too.
-    """
+    """DINOv2 from its .pth file (the size is read off the tensors), or the tiny encoder from a folder."""
     path = model_folder(path)
     if path.is_dir():
         source = find_weights(path)
         tensors = read_tensors(source)
-        beside = {name.removeprefix("semantic_encoder."): value for name, value in tensors.items()
-                  if name.startswith("semantic_encoder.")}
+        beside = {n[len(BESIDE):]: value for n, value in tensors.items() if n.startswith(BESIDE)}
         return load_strict(TinySemanticEncoder(cfg.enc_dim), beside or tensors, source)
     tensors = read_tensors(path)
     if not torch.is_tensor(tensors.get("cls_token")):
@@ -845,3 +837,13 @@ def load_semantic_encoder(path, cfg):
                          f"with {cfg.enc_dim} channels")
     encoder = build(lambda: DINOv2(dim, depth, dim // 64, layer=layer, size=cfg.dinov2_size), path)
     return load_strict(encoder, tensors, path)
+
+
+def load_frozen(cfg, weights, folder=None, light=False):
+    """(autoencoder, semantic encoder) around the DiT in `folder`; light: with the light decoder, if any."""
+    vae, semantic = frozen_paths(cfg, weights)
+    if cfg.ae_type == "tiny" and folder:
+        kept = any(name.startswith(BESIDE) for name in read_tensors(find_weights(folder)))
+        semantic = folder if kept else semantic
+    decoder = Path(weights, "sd21_lwdecoder.pth") if light and cfg.ae_type == "sd2" else None
+    return load_vae(vae, decoder, cfg.ae_type), load_semantic_encoder(semantic, cfg)

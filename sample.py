@@ -10,9 +10,6 @@ As a library:
     from sample import load, upscale
     vosr = load("tiny", steps=1)
     upscale(Image.open("input.png"), vosr, scale=4).save("input_x4.png")
-
-Up to 4 steps run the one-step student of a model family, more its multi-step network with guidance. In a
-picture larger than a tile, all tiles share one noise field and their velocities are blended at every step.
 """
 import itertools
 import math
@@ -20,18 +17,20 @@ import os
 import re
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
+from glob import glob
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, ImageStat
+from PIL import Image, ImageStat
 from tqdm import tqdm
 
-from config import cli, die
-from data import SUFFIXES, keyed_generator, write_whole
+from config import cli, die, launch
+from data import MAX_PIXELS, SUFFIXES, keyed_generator, open_picture, save_picture, split_picture, to_pillow
 from model import (
     FROZEN,
     GRID,
@@ -39,10 +38,8 @@ from model import (
     choose_device,
     find_settings,
     guided_velocity,
-    keeps_semantic_encoder,
     load_dit,
-    load_semantic_encoder,
-    load_vae,
+    load_frozen,
     model_folder,
     read_json,
 )
@@ -81,6 +78,10 @@ class Config:
     device: str = "auto"  # cuda, mps, cpu; auto: the first of them that is there
     weights: str = "weights"  # folder of the weights
     overwrite: bool = False  # redo outputs that are there already
+    ext: str = "png"  # format of the outputs: png, jpg, webp, tif
+    strip: bool = False  # leave the colour profile out
+    max_pixels: int = MAX_PIXELS  # larger inputs are refused, from their header
+    compile: bool = False  # torch.compile: pays for many pictures of one size
     out: str = ""  # folder of the outputs (also -o); default: beside each input
     inputs: tuple = ()  # pictures and folders; after -- names may start with a dash
 
@@ -129,9 +130,8 @@ def gaussian_window(height, width):
 def tiled(net, places, height, width, semantics, batch=1):
     """A net for `euler` that runs `net` on tiles and blends: v = sum(g v_tile) / sum(g), g Gaussian.
 
-    places: (top, left) of each tile of height x width; batch: tiles per call of `net`. semantics(range of
-    tiles) -> their c_sem, prepared by DiT.semantics. The result gets [] for c_sem, as it knows its own, and
-    one picture: z of batch 1, or 2 of which the second is the partial branch and has no semantics.
+    places: (top, left) of each tile; batch: tiles per call of `net`; semantics(range of tiles) -> theirs, by
+    DiT.semantics. The result knows them: its c_sem is []. z has a batch of 1, or 2 with the partial branch.
     """
     def blended(z, t, c_str, c_sem, r=None):
         g = gaussian_window(height, width).to(z.device)
@@ -228,29 +228,37 @@ def wavelet(image, reference):
 
 
 # ---------------------------------------------------------------- one picture
-def split(image):
-    """PIL image of any mode -> upright RGB, alpha channel or None, whether it is grey. 16 bits become 8."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        levels = np.asarray(image)
-        if levels.min() < 0 or levels.max() > 65535:
-            raise ValueError("32-bit pixels of unknown range; 8 and 16 bits per channel work")
-        image = Image.fromarray((levels / 257 + 0.5).astype(np.uint8))
-    if image.mode == "F":
-        raise ValueError("floating-point pixels of unknown range; 8 and 16 bits per channel work")
-    grey = image.mode in ("1", "L", "LA", "La")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        return image.convert("RGB"), image.getchannel("A"), grey
-    return image.convert("RGB"), None, grey
+@contextmanager
+def shared_norms(vae, look):
+    """Group norms of the published autoencoder ought to see the whole picture, or tiles differ in tone: here
+    all have the statistics of the windows that look() runs through it as one batch."""
+    norms, moments = [m for m in vae.modules() if isinstance(m, torch.nn.GroupNorm) and look], {}
+
+    def forward(norm, x):
+        groups = x.unflatten(1, (norm.num_groups, -1))                              # (B, G, C/G, h, w)
+        if norm not in moments:
+            moments[norm] = torch.var_mean(groups, dim=(0, 2, 3, 4), correction=0, keepdim=True)
+        var, mean = moments[norm]
+        x = ((groups - mean) * (var + norm.eps).rsqrt()).flatten(1, 2)
+        return x * norm.weight[:, None, None] + norm.bias[:, None, None]
+
+    for norm in norms:
+        norm.forward = partial(forward, norm)
+    try:
+        if norms:
+            look()
+        yield
+    finally:
+        for norm in norms:
+            del norm.forward
 
 
-def restore(enlarged, vosr, steps, seed, name, cfg_scale, alpha, tile, color, fidelity, posterior,
+def restore(enlarged, vosr, tile, batch, steps, seed, name, cfg_scale, alpha, color, fidelity, posterior,
             progress):
     """RGB picture enlarged by bicubic -> restored RGB picture of that size.
 
-    Pixels are kept as Pillow keeps them (4 bytes) and become floats tile by tile; latents are kept whole, up to
-    four of them, a byte per pixel each. Raises FloatingPointError when a value is not finite.
+    Pixels are kept as Pillow does (4 bytes) and become floats tile by tile; latents are kept whole, four at
+    most, each with a byte per pixel. Raises FloatingPointError when a value is not finite.
     """
     device, half = next(vosr.parameters()).device, vosr.half
     rows, cols = (reflect(n, 0, max(64, -(-n // GRID) * GRID) - n) for n in enlarged.size[::-1])
@@ -291,76 +299,92 @@ def restore(enlarged, vosr, steps, seed, name, cfg_scale, alpha, tile, color, fi
             raise FloatingPointError("the result is not finite")
         return x
 
+    def latent(top, left, h, w):
+        return z[..., top:top + h, left:left + w]
+
     def paint(top, left, h, w):  # -> grey levels (3, 8h, 8w)
-        image = finite(vosr.decode(z[..., top:top + h, left:left + w]))[0] * 0.5 + 0.5
+        image = finite(vosr.decode(latent(top, left, h, w)))[0] * 0.5 + 0.5
         if color != "wavelet":
             return 255 * image.clamp(0, 1)
         return 255 * wavelet(image.clamp(0, 1), crop(top, left, h, w)[0] * 0.5 + 0.5)
 
-    c_str = torch.cat([band for _, band in assemble(encode, height, width, tile)], dim=1)[None]
+    def corners(cut):
+        a, b = min(32, height), min(32, width)
+        return torch.cat([cut(y, x, a, b) for y in (0, height - a) for x in (0, width - b)])
+
+    with shared_norms(vosr.vae, places[1:] and (lambda: vosr.encode(corners(crop)))):
+        c_str = torch.cat([band for _, band in assemble(encode, height, width, tile)], dim=1)[None]
     cfg_scale = vosr.defaults["cfg_scale"] if vosr.one_step or cfg_scale is None else cfg_scale
     total = steps * len(places) * (1 if cfg_scale is None else 2)
     with tqdm(total=total, disable=None if progress else True, leave=False) as bar:
-        if len(places) == 1:
-            field, c_sem = net, semantics([0])
-        else:
-            kept = cache(semantics) if steps > 1 and len(places) <= KEPT_TILES else semantics
-            field, c_sem = tiled(net, places, h, w, kept, batch=4 if device.type == "cuda" else 1), []
+        kept = cache(semantics) if steps > 1 and len(places) <= KEPT_TILES else semantics
+        field, c_sem = (tiled(net, places, h, w, kept, batch), []) if places[1:] else (net, semantics([0]))
         z = noise.mul_(vosr.tau * (1 - fidelity))
         z = finite(euler(field, z, c_str, c_sem, time_grid(steps), alpha, cfg_scale))
     picture = Image.new("RGB", enlarged.size)
-    for top, band in assemble(paint, height, width, tile):  # half a level: rounded when cut off
-        levels = (band + 0.5).clamp(0, 255).byte().permute(1, 2, 0).cpu().contiguous()
-        picture.paste(Image.fromarray(levels.numpy()), (0, top))
+    with shared_norms(vosr.vae, places[1:] and (lambda: vosr.decode(corners(latent)))):
+        for top, band in assemble(paint, height, width, tile):
+            levels = (band + 0.5).clamp(0, 255).byte().permute(1, 2, 0).cpu().contiguous()   # rounded half up
+            picture.paste(Image.fromarray(levels.numpy()), (0, top))
     return adain_picture(picture, enlarged) if color == "adain" else picture
 
 
-@torch.no_grad()
-def upscale(image, vosr, scale=4, steps=1, seed=42, name="image", cfg_scale=None, alpha=0.1, tile=512,
-            color="wavelet", fidelity=0.0, posterior="mode", size=None, progress=False):
-    """PIL image -> PIL image of round(scale * side) pixels, or of size = (width, height); any side from 1.
-
-    vosr comes from `load`; the options are those of the command line. (seed, name) decide the noise; sampling
-    starts from tau * (1 - fidelity) * noise, where tau is the model's own; cfg_scale (None: the model's own)
-    and alpha act in multi-step models only (Eq. 2). Alpha is enlarged by bicubic, grey stays grey, the ICC
-    profile is kept. A result that is not finite is computed again in fp32, and after running out of memory
-    with smaller tiles.
-    """
-    rgb, opacity, grey = split(image)
-    size = size or tuple(max(1, round(scale * side)) for side in rgb.size)
-    enlarged = rgb.resize(size, Image.Resampling.BICUBIC)
+def retry(enlarged, vosr, tile, name, options):
+    """restore, and again in fp32 if a value is not finite, with less at a time if memory is short."""
+    batch = 4 if next(vosr.parameters()).is_cuda else 1
     while True:
         try:
-            picture = restore(enlarged, vosr, steps, seed, name, cfg_scale, alpha, tile, color,
-                              fidelity, posterior, progress)
-            break
+            return restore(enlarged, vosr, tile, batch, *options)
         except FloatingPointError as reason:
             if vosr.half is None:
                 raise
             print(f"{name}: {reason} in {vosr.half}, computed again in fp32", file=sys.stderr)
             vosr = in_fp32(vosr)
-        except torch.OutOfMemoryError:
-            smaller = (tile or max(size)) // 2
-            if smaller < 128:
+        except (MemoryError, RuntimeError) as reason:
+            if "memory" not in str(reason):
                 raise
-            print(f"{name}: out of memory with tile {tile}, computed again with {smaller}", file=sys.stderr)
-            tile = smaller
-    if grey:
-        picture = picture.convert("L")
+            if tile == 128 and batch == 1:
+                raise MemoryError(str(reason).splitlines()[0]) from None
+            tile, batch = (tile, batch // 2) if batch > 1 else (max(128, (tile or 1024) // 2), 1)
+            print(f"{name}: out of memory, again with --tile {tile}, {batch} at a time", file=sys.stderr)
+
+
+def passes(size, wanted):
+    """The sizes on the way from size to wanted, (width, height) each: at most x4 at a time, at least one."""
+    while True:
+        size = tuple(min(new, 4 * old) for new, old in zip(wanted, size, strict=True))
+        yield size
+        if size == wanted:
+            return
+
+
+@torch.no_grad()
+def upscale(image, vosr, scale=4, steps=1, seed=42, name="image", cfg_scale=None, alpha=0.1, tile=512,
+            color="wavelet", fidelity=0.0, posterior="mode", size=None, progress=False):
+    """Picture -> picture of round(scale * side) pixels, or of size = (width, height); any side from 1.
+
+    image: PIL, or a tensor (3, H, W) in [0, 1]; the result is of the same kind. vosr comes from `load`, the
+    options are those of the command line. Beyond x4 it takes several passes. (seed, name) decide the noise;
+    sampling starts from tau (1 - fidelity) noise, where tau is the model's own; cfg_scale (None: the model's
+    own) and alpha act in multi-step models only (Eq. 2). Transparency is enlarged by bicubic.
+    """
+    rgb, opacity, grey, icc, notes = split_picture(to_pillow(image) if torch.is_tensor(image) else image)
+    size = size or tuple(max(1, round(scale * side)) for side in rgb.size)
+    options = (steps, seed, name, cfg_scale, alpha, color, fidelity, posterior, progress)
+    for part in passes(rgb.size, size):
+        rgb = retry(rgb.resize(part, Image.Resampling.BICUBIC), vosr, tile, name, options)
+    if torch.is_tensor(image):
+        return torch.from_numpy(np.array(rgb)).permute(2, 0, 1) / 255
+    picture = rgb.convert("L") if grey else rgb
     if opacity:
         picture.putalpha(opacity.resize(size, Image.Resampling.BICUBIC))
-    if "icc_profile" in image.info and image.mode != "CMYK":  # one of CMYK says nothing about RGB
-        picture.info["icc_profile"] = image.info["icc_profile"]
+    picture.info = dict(icc_profile=icc, notes=notes)
     return picture
 
 
 # ---------------------------------------------------------------- models
 def choose_half(dtype, device):
-    """--dtype -> dtype of matrix products and attention in DiT and semantic encoder, None for fp32.
-
-    Always fp32: their residual streams, norms and time embedding, the autoencoder, the Euler state, the
-    colour fix (see model.halve).
-    """
+    """--dtype -> that of products and attention in DiT and semantic encoder, None: fp32 like all the rest."""
     return HALF[dtype if dtype != "auto" else "fp16" if choose_device(device).type == "cuda" else "fp32"]
 
 
@@ -399,66 +423,50 @@ def find_model(model, steps, weights):
     return folder, ""
 
 
-def frozen_files(ae_type):
-    """Files of the networks around a DiT, below the weights folder; the semantic encoder's come last."""
-    vae, semantic = FROZEN[ae_type]
-    if ae_type == "tiny":
-        return [f"{part}/{name}" for part in (vae, semantic) for name in ("config.json", "model.safetensors")]
-    decoder = ["sd21_lwdecoder.pth"] if ae_type == "sd2" else []
-    return [f"{vae}/config.json", f"{vae}/diffusion_pytorch_model.safetensors", *decoder, semantic]
+AROUND = {  # files of the networks around a published DiT, below the weights folder
+    ae_type: (f"{vae}/config.json", f"{vae}/diffusion_pytorch_model.safetensors",
+              *(["sd21_lwdecoder.pth"] if ae_type == "sd2" else []), encoder)
+    for ae_type, (vae, encoder) in FROZEN.items() if ae_type != "tiny"}
 
 
 def published_files(model):
-    """Family or network -> its files below the weights folder, in the authors' layout.
-
-    Raises ValueError for an unknown name.
-    """
-    names = [name for name in DEFAULTS if model in (name, re.sub("-[mo]s$", "", name))]
-    if not names:
-        raise ValueError(f"unknown model {model!r}: {', '.join(FAMILIES)}, or with -ms or -os at the end")
-    files = []
-    for row in map(DEFAULTS.get, names):
-        tensors = "model.safetensors" if row["ae_type"] == "tiny" else "checkpoints/ema_model.safetensors"
-        files += [f"{row['folder']}/args.json", f"{row['folder']}/{tensors}", *frozen_files(row["ae_type"])]
-    return tuple(dict.fromkeys(files))
+    """Family or network -> its files below the weights folder, in the authors' layout; none of tiny."""
+    rows = [row for name, row in DEFAULTS.items() if model in (name, re.sub("-[mo]s$", "", name))]
+    if not rows:
+        raise ValueError(f"unknown model {model!r}: {', '.join(DEFAULTS)} or a family of two")
+    return tuple(dict.fromkeys(file for row in rows if row["ae_type"] in AROUND for file in (
+        f"{row['folder']}/args.json", f"{row['folder']}/checkpoints/ema_model.safetensors",
+        *AROUND[row["ae_type"]])))
 
 
 def require(files, weights, model):
     """Raises ValueError that names all files which are not in the weights folder, and how to get them."""
-    def there(path):
-        if path.is_file() or path.parent.name != "checkpoints" or path.suffix != ".safetensors":
-            return path.is_file()
-        return any((path.parents[1] / sub / path.name).is_file() for sub in ("clean_weights", "."))
+    def places(file):  # a DiT may lie where find_weights looks for it
+        subs = ("checkpoints", "clean_weights", ".") if "ema_model" in file else ("checkpoints",)
+        return [Path(weights, file.replace("checkpoints", sub)) for sub in subs]
 
-    if missing := [str(path) for path in (Path(weights, file) for file in files) if not there(path)]:
+    if missing := [str(Path(weights, f)) for f in files if not any(p.is_file() for p in places(f))]:
         elsewhere = "" if str(weights) == "weights" else f" --weights {weights}"
-        remedy = ("they are part of the repository, --weights names another folder" if "tiny" in files[0] else
-                  f"`python tools/download.py {model}{elsewhere}` fetches them; or put them there by hand, "
-                  f"they have the same names at {HUB}")
-        raise ValueError(f"missing: {', '.join(missing)}; {remedy}")
+        raise ValueError(f"missing: {', '.join(missing)}; `python tools/download.py {model}{elsewhere}` gets "
+                         f"them; or put them there by hand, they have the same names at {HUB}")
 
 
 def load(model="tiny", steps=1, weights="weights", dtype="auto", device="auto"):
     """Family, network or folder -> VOSR, ready to sample. Raises ValueError that lists all missing files.
 
-    steps chooses between the two networks of a family. The run folder of a training works, too: its frozen
-    networks come from `weights`, but for the semantic encoder that a tiny run trains along.
+    steps chooses between the two networks of a family. A run folder of train.py or distill.py works, too.
     """
     folder, name = find_model(model, steps, weights)
     if name:
         require(published_files(name), weights, name)
-    path = find_settings(folder)
-    args, row, half = read_json(path), DEFAULTS.get(name, {}), choose_half(dtype, device)
-    ae_type = args.get("ae_type")
-    if ae_type not in (FROZEN if not name else [row["ae_type"]]):
-        raise ValueError(f"{path} has ae_type {ae_type!r}, not {row.get('ae_type', ' or '.join(FROZEN))}")
-    beside = ae_type == "tiny" and not name and keeps_semantic_encoder(folder)
-    require(frozen_files(ae_type)[:-2 if beside else None], weights, "0.5B" if ae_type == "sd2" else "2.0")
-    vae, semantic = (Path(weights, part) for part in FROZEN[ae_type])
-    decoder = Path(weights, "sd21_lwdecoder.pth") if ae_type == "sd2" else None
+    args, row, half = read_json(find_settings(folder)), DEFAULTS.get(name, {}), choose_half(dtype, device)
+    ae_type, wanted = args.get("ae_type"), [row["ae_type"]] if row else list(FROZEN)
+    if ae_type not in wanted:
+        raise ValueError(f"{find_settings(folder)} has ae_type {ae_type!r}, not {' or '.join(wanted)}")
+    require(AROUND.get(ae_type, ()), weights, "0.5B" if ae_type == "sd2" else "2.0")
     dit = load_dit(folder, half)
-    encoder = load_semantic_encoder(folder if beside else semantic, dit.cfg)
-    vosr = ready(VOSR(dit, load_vae(vae, decoder, ae_type), encoder), args, half, device, folder)
+    around = load_frozen(dit.cfg, weights, None if name else folder, light=True)
+    vosr = ready(VOSR(dit, *around), args, half, device, folder)
     if name and vosr.one_step != (row["steps"] == 1):
         raise ValueError(f"{folder} holds a {'one' if vosr.one_step else 'multi'}-step network, "
                          f"{name} is of the other kind")
@@ -467,28 +475,16 @@ def load(model="tiny", steps=1, weights="weights", dtype="auto", device="auto"):
 
 
 # ---------------------------------------------------------------- command line
-def open_picture(path):
-    """Image file -> PIL image, upright and decoded. Raises ValueError with one line for anything else."""
-    if not path.exists():
-        raise ValueError(f"{path} does not exist")
-    try:
-        with Image.open(path) as picture:
-            return ImageOps.exif_transpose(picture)
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as reason:
-        raise ValueError(f"{path} is not an image that can be read: {reason}; PNG, JPEG, WebP work") from None
-
-
 def check(cfg):
     """Wrong values end here, before anything is loaded."""
     for name, known in (("color", ("wavelet", "adain", "none")), ("posterior", ("mode", "sample")),
-                        ("dtype", ("auto", *HALF))):
+                        ("dtype", ("auto", *HALF)), ("ext", ("png", "jpg", "webp", "tif"))):
         if getattr(cfg, name) not in known:
             die(f"--{name} is one of {', '.join(known)}, got {getattr(cfg, name)!r}")
-    for name, low, high in (("steps", 0, 1000), ("scale", 1, 100), ("long", 0, 10**6), ("fidelity", 0, 1)):
+    for name, low, high in (("steps", 0, 1000), ("scale", 1, 100), ("long", 0, 10**6), ("fidelity", 0, 1),
+                            ("tile", 64 if cfg.tile else 0, 10**6), ("max_pixels", 1, 10**12)):
         if not low <= getattr(cfg, name) <= high:
             die(f"--{name} lies between {low} and {high}, got {getattr(cfg, name):g}")
-    if cfg.tile != 0 and cfg.tile < 64:
-        die(f"--tile is at least 64 pixels, or 0 for no tiles; got {cfg.tile}")
     if cfg.size and not re.fullmatch("[1-9][0-9]*x[1-9][0-9]*", cfg.size):
         die(f"--size wants WIDTHxHEIGHT such as 1920x1080, got {cfg.size!r}")
     if (cfg.scale != 4) + bool(cfg.size) + bool(cfg.long) > 1:
@@ -503,8 +499,9 @@ def plan(cfg):
     """The call as a list of (source, target); clashes end it before work starts."""
     ending = f"_{cfg.size}" if cfg.size else f"_long{cfg.long}" if cfg.long else f"_x{cfg.scale:g}"
     jobs = {}  # absolute source -> (source, target): a file that is named twice is one job
-    for word in map(Path, cfg.inputs):
-        found = [word]
+    words = ([w] if Path(w).exists() else sorted(glob(w, recursive=True)) or [w] for w in cfg.inputs)
+    for word in map(Path, itertools.chain(*words)):
+        found = [word] if word.exists() or len(cfg.inputs) > 1 else die(f"{word} does not exist")
         if word.is_dir():
             found = sorted(p for p in word.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()
                            and not any(part.startswith(".") for part in p.relative_to(word).parts))
@@ -513,7 +510,7 @@ def plan(cfg):
         for p in found:
             inside = p.relative_to(word).parent if word.is_dir() else ""
             folder = Path(cfg.out, inside) if cfg.out else p.parent
-            jobs.setdefault(p.absolute(), (p, folder / f"{p.stem}{ending}.png"))
+            jobs.setdefault(p.absolute(), (p, folder / f"{p.stem}{ending}.{cfg.ext}"))
     targets = {target.absolute() for _, target in jobs.values()}
     for path in jobs.keys() & targets:  # results of an earlier call that lie among the inputs
         if cfg.overwrite and jobs[path][0] in map(Path, cfg.inputs):
@@ -542,7 +539,7 @@ def run(source, target, vosr, cfg):
     start, device = time.perf_counter(), next(vosr.parameters()).device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    image = open_picture(source)
+    image = open_picture(source, cfg.max_pixels)
     if cfg.long and cfg.long < max(image.size):
         raise ValueError(f"{source} is {image.width}x{image.height}: --long {cfg.long} would shrink it")
     picture = upscale(
@@ -550,7 +547,10 @@ def run(source, target, vosr, cfg):
         size=tuple(map(int, cfg.size.split("x"))) if cfg.size else None, steps=cfg.steps, seed=cfg.seed,
         name=source.name, cfg_scale=cfg.cfg_scale, alpha=cfg.alpha, tile=cfg.tile, color=cfg.color,
         fidelity=cfg.fidelity, posterior=cfg.posterior, progress=True)
-    write_whole(target, lambda path: picture.save(path, icc_profile=picture.info.get("icc_profile")))
+    for note in picture.info["notes"]:
+        print(f"{source}: {note}")
+    rgb, opacity, grey, icc, _ = split_picture(picture)
+    save_picture(target, rgb, opacity, grey, None if cfg.strip else icc)
     print(f"{source}  {image.width}x{image.height} -> {picture.width}x{picture.height}  "
           f"{cfg.steps} step{'s' * (cfg.steps > 1)}  {time.perf_counter() - start:.2f} s  "
           f"{peak_memory(device):.2f} GB  {target}", flush=True)
@@ -563,8 +563,6 @@ def main():
     todo = [(s, t) for s, t in jobs if cfg.overwrite or not (t.is_file() and t.stat().st_size)]
     if len(todo) < len(jobs):
         print(f"{len(jobs) - len(todo)} of {len(jobs)} outputs exist already; --overwrite makes them again")
-    if len(jobs) == 1 and todo and not todo[0][0].exists():
-        die(f"{todo[0][0]} does not exist")
     for folder in {target.parent for source, target in todo if source.exists()}:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -574,11 +572,11 @@ def main():
             die(f"{folder} is not writable; name another folder with -o")
     if not todo:
         return
-    try:
-        vosr = load(cfg.model, cfg.steps, cfg.weights, cfg.dtype, cfg.device)
-    except ValueError as reason:
-        die(reason)
+    torch.backends.cudnn.allow_tf32 = cfg.dtype != "fp32"  # PyTorch's default rounds convolutions to 10 bits
+    vosr = load(cfg.model, cfg.steps, cfg.weights, cfg.dtype, cfg.device)
     cfg.steps = cfg.steps or vosr.defaults["steps"]
+    for block in vosr.dit.blocks if cfg.compile else ():
+        block.compile()
     if math.isnan(cfg.cfg_scale):
         cfg.cfg_scale = vosr.defaults["cfg_scale"]
     elif vosr.one_step:
@@ -587,7 +585,7 @@ def main():
     for source, target in todo:
         try:
             run(source, target, vosr, cfg)
-        except (ValueError, OSError, FloatingPointError, MemoryError, torch.OutOfMemoryError) as reason:
+        except (ValueError, OSError, FloatingPointError, MemoryError) as reason:
             reason = str(reason) if str(source) in str(reason) else f"{source}: {reason}"
             if len(jobs) == 1:
                 die(reason)
@@ -599,8 +597,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("error: interrupted; finished pictures are kept, the same command goes on", file=sys.stderr)
-        sys.exit(130)
+    launch(main)

@@ -157,7 +157,7 @@ def test_wrong_calls_end_in_one_line(compare, capsys, tmp_path):
     (tmp_path / "text.png").write_text("no picture")
     for words, part in [
             (["a.png"], "two or more pictures"), (["missing.png", "b.png"], "missing.png"),
-            (["text.png", "b.png"], "text.png is not an image"), ([".", "b.png"], "not an image"),
+            (["text.png", "b.png"], "text.png is not an image"), ([".", "b.png"], "is a folder"),
             (["a.png", "b.png", "--labels", "one"], "1 captions for 2"),
             (["a.png", "b.png", "--box", "0.5,0,0.5,1"], "--box wants"),
             (["a.png", "b.png", "--box", "0,0,1,2"], "--box wants"),

@@ -179,7 +179,7 @@ def test_sources_that_do_not_work_are_refused_in_one_line(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "x.tar").write_bytes(b"")
     save(tmp_path / "x.png")
-    for name, reason in (("empty", "holds no pictures"), ("x.tar", "tar"), ("x.png", "is one picture"),
+    for name, reason in (("empty", "holds no pictures"), ("x.tar", "tar"), ("x.png", "is not a text file"),
                          ("missing", "does not exist")):
         with pytest.raises(ValueError, match=reason):
             data.open_source(tmp_path / name)

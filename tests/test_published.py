@@ -15,6 +15,7 @@ from test_model import filled
 from test_sample import picture
 
 import sample
+from config import launch
 from model import AutoencoderKL, DINOv2, DiT, ModelConfig, QwenVAE, sd_decoder
 from sample import DEFAULTS, load, published_files, upscale
 
@@ -174,7 +175,7 @@ def test_a_wrong_pairing_is_refused_in_one_line(case, weights, tmp_path, monkeyp
     words = ["--model", model, "--weights", weights, "--device", "cpu", tmp_path / "a.png"]
     monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, words)])
     with pytest.raises(SystemExit) as stop:
-        sample.main()
+        launch(sample.main)
     line = capsys.readouterr().err
     assert stop.value.code == 2 and line.startswith("error: ") and line.count("\n") == 1, line
     assert all(word in line for word in reason.split()), line

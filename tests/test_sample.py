@@ -6,7 +6,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 from safetensors.torch import save_file
 
 import sample
@@ -153,7 +153,7 @@ def test_noise_follows_seed_and_name_and_fidelity_scales_it(student):
 
 
 @pytest.mark.parametrize("mode, becomes", [
-    ("L", "L"), ("1", "L"), ("I;16", "L"), ("LA", "LA"), ("RGBA", "RGBA"), ("P", "RGB"), ("CMYK", "RGB")])
+    ("L", "L"), ("1", "L"), ("I;16", "L"), ("LA", "LA"), ("RGBA", "RGBA"), ("P", "RGBA"), ("CMYK", "RGB")])
 def test_modes(student, mode, becomes):
     grey, image = picture(12, 10, bands=1), picture(12, 10, "RGBA", 4)
     image = Image.fromarray(np.asarray(grey) * np.uint16(257)) if mode == "I;16" else image.convert(mode)
@@ -170,9 +170,10 @@ def test_modes(student, mode, becomes):
 def test_orientation_is_applied_profile_kept_unknown_ranges_refused(student, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
-    picture(24, 16).save(tmp_path / "a.jpg", exif=exif, icc_profile=b"profile")
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    picture(24, 16).save(tmp_path / "a.jpg", exif=exif, icc_profile=profile)
     result = upscale(Image.open(tmp_path / "a.jpg"), student)
-    assert result.size == (64, 96) and result.info["icc_profile"] == b"profile" and not result.getexif()
+    assert result.size == (64, 96) and result.info["icc_profile"] == profile and not result.getexif()
     for image in (Image.new("F", (4, 4)), Image.fromarray(np.full((4, 4), 1 << 20, np.int32))):
         with pytest.raises(ValueError, match="unknown range"):
             upscale(image, student)

@@ -10,6 +10,7 @@ from PIL import Image
 from test_sample import picture
 
 import sample
+from config import launch
 from sample import upscale
 
 ROOT = Path(__file__).parent.parent
@@ -23,7 +24,7 @@ def command(weights, tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", ["sample.py", f"--weights={weights}", "--device=cpu", *arguments])
         try:
-            code = sample.main() or 0
+            code = launch(sample.main) or 0
         except SystemExit as stop:
             code = stop.code
         return code, *capsys.readouterr()

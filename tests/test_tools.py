@@ -36,6 +36,7 @@ def test_compare_explains_a_wrong_call_in_one_line(tmp_path):
         assert done.returncode == 2 and done.stderr.startswith("error:") and done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_bench_prints_seconds_and_memory_of_every_stage():
     words = ["--sizes", "64,128", "--tiles", "64", "--repeat", "1"]
     command = [sys.executable, ROOT / "tools" / "bench.py", *words]

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import train
+from config import launch
 from data import keyed_generator
 from model import DiT, ModelConfig
 from train import Config, draw, flow_loss
@@ -118,15 +119,19 @@ def start(out, steps, *more, ranks=1, code=0):
     return done
 
 
-def test_wrong_settings_end_in_one_line_before_anything_is_loaded(tmp_path):
+def test_wrong_settings_end_in_one_line_before_anything_is_loaded(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
     for words, reason in ((("--resolution", "20"), "--dim is a multiple of 4 x --num_heads, --resolution of"),
                           (("--save_every", "0"), "--save_every starts at 1"),
                           (("--ae_type", "foo"), "--ae_type is one of tiny"),
                           (("--device", "foo"), "device 'foo' is not available"),
                           (("--data", "nowhere"), "nowhere does not exist"),
                           (("--weights", "nowhere"), "missing: nowhere")):
-        error = start(tmp_path / "run", "3", *words, code=2).stderr
-        assert error.startswith(f"error: {reason}") and error.count("\n") == 1
+        monkeypatch.setattr(sys, "argv", ["train.py", *SMALL, "--out", str(tmp_path / "run"), *words])
+        with pytest.raises(SystemExit) as stop:
+            launch(train.main)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.startswith(f"error: {reason}") and error.count("\n") == 1
 
 
 def final(out):
