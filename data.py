@@ -142,8 +142,8 @@ def split_picture(image):
         image = image if image.mode == "RGBA" else image.convert("RGBA")
         alpha = image.getchannel("A")
     rgb = image if image.mode == "RGB" else image.convert("RGB")
-    fits = icc and icc[16:20] == (b"GRAY" if grey else b"RGB ")
-    return Picture(rgb, alpha, grey, icc if fits else None, tuple(notes))
+    others = {b"GRAY", b"RGB ", b"CMYK"} - {b"GRAY" if grey else b"RGB "}
+    return Picture(rgb, alpha, grey, None if icc and icc[16:20] in others else icc, tuple(notes))
 
 
 def on_white(rgb, alpha):

@@ -195,7 +195,7 @@ def test_rows_12_and_17_what_is_no_picture_is_refused(tmp_path):
     (tmp_path / "text.png").write_text("no picture")
     png(tmp_path / "nothing.png", 0, 4, 8, 2)
     for name, words in (("empty.png", "(it is empty)"), ("text.png", "is not an image that can be read"),
-                        ("nothing.png", "is not an image"), (".", "a folder"), ("text.png/a", "does not exist")):
+                        ("nothing.png", "is not an image"), (".", "a folder"), ("text.png/a", "not exist")):
         refused(tmp_path / name, words)
 
 

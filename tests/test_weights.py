@@ -75,3 +75,20 @@ def test_guidance_and_alpha_change_the_multi_step_result_and_the_seed_changes_th
     assert np.array_equal(base, sr(cfg_scale=0.5))
     for other in (sr(cfg_scale=1.0), sr(cfg_scale=0.5, alpha=0.25), sr(cfg_scale=0.5, seed=7)):
         assert np.abs(base - other).mean() > 0.1
+
+
+def likeness(a, b):
+    """PSNR of two pictures in dB, both reduced to the size of b."""
+    a, b = (np.asarray(x.resize(b.size, Image.Resampling.BOX), float) for x in (a, b))
+    return 10 * np.log10(255**2 / ((a - b) ** 2).mean())
+
+
+def test_each_knob_moves_the_picture_in_the_stated_direction():
+    one, many = (load("tiny", steps, weights=ROOT / "weights") for steps in (1, 25))
+    lr, hr = pictures()[0].crop((30, 10, 94, 74)), Image.fromarray(pictures()[1]).crop((120, 40, 376, 296))
+    fidelity = [likeness(upscale(lr, one, fidelity=f), hr) for f in (0.0, 0.5, 1.0)]
+    scale = [likeness(upscale(lr, many, steps=6, cfg_scale=s), lr) for s in (-0.5, 0.0, 0.5, 1.0)]
+    alpha = [likeness(upscale(lr, many, steps=6, cfg_scale=0.0, alpha=a), lr) for a in (0.05, 0.1, 0.25)]
+    colour = [likeness(upscale(lr, one, color=c), lr.resize((8, 8))) for c in ("none", "adain", "wavelet")]
+    for values in (fidelity, scale, alpha, colour):
+        assert values == sorted(set(values)), values
