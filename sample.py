@@ -181,7 +181,7 @@ def assemble(piece, height, width, tile):
             shared = band[:, :rest.shape[1]]
             shared.copy_(rest.lerp_(shared, fade(top, rest.shape[1], f, band.device)[:, None]))
         yield f * top, band[:, :f * (below - top)]
-        rest = band[:, f * (below - top):]
+        rest = band[:, f * (below - top):].clone()  # not the whole band
 
 
 # ---------------------------------------------------------------- colour
@@ -255,10 +255,9 @@ def shared_norms(vae, look):
 
 def restore(enlarged, vosr, tile, batch, steps, seed, name, cfg_scale, alpha, color, fidelity, posterior,
             progress):
-    """RGB picture enlarged by bicubic -> restored RGB picture of that size.
+    """RGB picture enlarged by bicubic -> restored one of that size, or FloatingPointError if it is not finite.
 
-    Pixels are kept as Pillow does (4 bytes) and become floats tile by tile; latents are kept whole, four at
-    most, each with a byte per pixel. Raises FloatingPointError when a value is not finite.
+    Pixels stay with Pillow (4 bytes) and become floats tile by tile; latents are whole, a byte per pixel each.
     """
     device, half = next(vosr.parameters()).device, vosr.half
     rows, cols = (reflect(n, 0, max(64, -(-n // GRID) * GRID) - n) for n in enlarged.size[::-1])
@@ -321,10 +320,11 @@ def restore(enlarged, vosr, tile, batch, steps, seed, name, cfg_scale, alpha, co
         field, c_sem = (tiled(net, places, h, w, kept, batch), []) if places[1:] else (net, semantics([0]))
         z = noise.mul_(vosr.tau * (1 - fidelity))
         z = finite(euler(field, z, c_str, c_sem, time_grid(steps), alpha, cfg_scale))
+    del c_str
     picture = Image.new("RGB", enlarged.size)
     with shared_norms(vosr.vae, places[1:] and (lambda: vosr.decode(corners(latent)))):
         for top, band in assemble(paint, height, width, tile):
-            levels = (band + 0.5).clamp(0, 255).byte().permute(1, 2, 0).cpu().contiguous()   # rounded half up
+            levels = band.add_(0.5).clamp_(0, 255).byte().permute(1, 2, 0).cpu().contiguous()  # half up
             picture.paste(Image.fromarray(levels.numpy()), (0, top))
     return adain_picture(picture, enlarged) if color == "adain" else picture
 
