@@ -255,9 +255,9 @@ def shared_norms(vae, look):
 
 def restore(enlarged, vosr, tile, batch, steps, seed, name, cfg_scale, alpha, color, fidelity, posterior,
             progress):
-    """RGB picture enlarged by bicubic -> restored one of that size, or FloatingPointError if it is not finite.
+    """RGB picture enlarged by bicubic -> restored one of that size; FloatingPointError if it is not finite.
 
-    Pixels stay with Pillow (4 bytes) and become floats tile by tile; latents are whole, a byte per pixel each.
+    Pixels stay in Pillow (4 bytes) and become floats tile by tile; latents are whole, a byte per pixel each.
     """
     device, half = next(vosr.parameters()).device, vosr.half
     rows, cols = (reflect(n, 0, max(64, -(-n // GRID) * GRID) - n) for n in enlarged.size[::-1])
