@@ -318,9 +318,9 @@ def restore(enlarged, vosr, tile, batch, steps, seed, name, cfg_scale, alpha, co
     with tqdm(total=total, disable=None if progress else True, leave=False) as bar:
         kept = cache(semantics) if steps > 1 and len(places) <= KEPT_TILES else semantics
         field, c_sem = (tiled(net, places, h, w, kept, batch), []) if places[1:] else (net, semantics([0]))
-        z = noise.mul_(vosr.tau * (1 - fidelity))
-        z = finite(euler(field, z, c_str, c_sem, time_grid(steps), alpha, cfg_scale))
-    del c_str
+        noise *= vosr.tau * (1 - fidelity)
+        z = finite(euler(field, noise, c_str, c_sem, time_grid(steps), alpha, cfg_scale))
+    del c_str, noise  # a large picture may need their place
     picture = Image.new("RGB", enlarged.size)
     with shared_norms(vosr.vae, places[1:] and (lambda: vosr.decode(corners(latent)))):
         for top, band in assemble(paint, height, width, tile):
