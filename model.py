@@ -7,6 +7,7 @@ of the published files. One class per network: a size is data.
 import json
 import math
 from collections import OrderedDict
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from itertools import pairwise
@@ -446,7 +447,7 @@ class QwenVAE(nn.Module):
         self.quant_conv, self.post_quant_conv = nn.Conv2d(2 * z_dim, 2 * z_dim, 1), nn.Conv2d(z_dim, z_dim, 1)
         self.decoder = qwen_decoder(base_dim, dim_mult, num_res_blocks, z_dim)
         for name, values in (("latents_mean", latents_mean), ("latents_std", latents_std)):
-            value = torch.tensor(values, device="cpu").view(1, -1, 1, 1)  # real also in a network on meta
+            value = torch.tensor(values, device="cpu").view(1, z_dim, 1, 1)  # real also in a network on meta
             self.register_buffer(name, value, persistent=False)
 
     moments = AutoencoderKL.moments
@@ -613,9 +614,9 @@ class VOSR(nn.Module):
 
 def choose_device(name):
     """auto: cuda, mps, cpu in that order; else the named device, or ValueError where it is not there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    there = [kind for kind, available in there.items() if available]
-    if name != "auto" and name.partition(":")[0] not in there:
+    cards = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    there = ["cuda"] * bool(cards) + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    if name not in ("auto", *there, *cards):
         raise ValueError(f"device {name!r} is not available here; {' and '.join(there)} would work")
     return torch.device(there[0] if name == "auto" else name)
 
@@ -625,7 +626,7 @@ def read_json(path):
     """Dict of a JSON file."""
     try:
         return dict(json.loads(Path(path).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as JSON settings ({error})") from None
 
 
@@ -640,8 +641,8 @@ def read_tensors(path):
     except UnpicklingError:
         raise ValueError(f"{path} cannot be read: it is damaged or holds code, which is never run") from None
     except (OSError, RuntimeError, SafetensorError, EOFError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
-    if not isinstance(tensors, dict):
+        raise ValueError(f"{path} cannot be read: {(str(error) or 'it is empty').splitlines()[0]}") from None
+    if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
         raise ValueError(f"{path} holds no named tensors")
     return tensors
 
@@ -650,11 +651,8 @@ PREFIXES = ("module.", "_orig_mod.", "ema_model.")  # left by DDP, torch.compile
 
 
 def load_strict(net, tensors, source, network="this network"):
-    """Copy `tensors` into `net`; a net on the meta device takes them over instead, in its own dtypes.
-
-    Raises ValueError naming the file and the first missing, extra or misshaped tensor.
-    """
-    for prefix in 2 * PREFIXES:
+    """Copy `tensors` into `net`; one on meta takes them, in its dtypes. ValueError names the first misfit."""
+    for prefix in 3 * PREFIXES:
         if all(name.startswith(prefix) for name in tensors):
             tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
     want = net.state_dict()
@@ -678,7 +676,7 @@ def build(make, source):
     try:
         with torch.device("meta"):
             return make()
-    except (TypeError, ValueError, KeyError, RuntimeError, ArithmeticError) as error:
+    except (TypeError, ValueError, LookupError, NameError, RuntimeError, ArithmeticError) as error:
         raise ValueError(f"{source} describes no network: {str(error).splitlines()[0]}") from None
 
 
@@ -724,8 +722,11 @@ def read_config(args, source):
         raise ValueError(f"{source} switches {off[0]} off: no published network does, and this code cannot")
     known = {name: type(like) for name, like in asdict(ModelConfig()).items() if name in args}
     try:
-        return ModelConfig(**{name: kind(args[name]) for name, kind in known.items()})
-    except (TypeError, ValueError) as error:
+        cfg = ModelConfig(**{name: kind(args[name]) for name, kind in known.items()})
+        if wrong := [n for n, v in vars(cfg).items() if type(v) is int and (v != args.get(n, v) or v < 1)]:
+            raise ValueError(f"{wrong[0]} {args.get(wrong[0])}")
+        return cfg
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{source} has a value of the wrong kind: {error}") from None
 
 
@@ -734,10 +735,7 @@ OFFICIAL = dict(alpha="weak_cond_strength_aelq_list", init="pretrained_ckpt", te
 
 
 def settings(cfg, paths=True):
-    """Content of args.json: our settings, their official names, what is fixed here but an option there.
-
-    paths False leaves out the places on this machine, for weights that travel.
-    """
+    """Content of args.json: settings, also by official names. paths False: without places on this machine."""
     stored = asdict(cfg)
     for name in () if paths else ("data", "out", "weights", "init", "export", "teacher", "device"):
         stored.pop(name, None)
@@ -746,10 +744,7 @@ def settings(cfg, paths=True):
 
 
 def load_dit(folder, half=None):
-    """DiT of a published or own folder; half: dtype of its products, see halve.
-
-    The tensors must be those of args.json. It may say nothing about r_embedder, but not the contrary.
-    """
+    """DiT of a folder, if tensors and args.json agree (it may be silent on r_embedder); half: see halve."""
     source, path = find_weights(folder), find_settings(folder)
     args = read_json(path)
     tensors = {n: v for n, v in read_tensors(source).items() if BESIDE not in n}
@@ -797,13 +792,17 @@ def load_vae(folder, light_decoder=None, ae_type=None):
     load_strict(vae, rename_attention(read_tensors(source)), source, f"the autoencoder in {path}")
     if light_decoder:
         stored = read_tensors(light_decoder)
-        if not {"config", "model_state_dict"} <= stored.keys():
+        if not all(isinstance(stored.get(part), dict) for part in ("config", "model_state_dict")):
             raise ValueError(f"{light_decoder} lacks config or model_state_dict: not the light decoder")
         shape = ("block_out_channels", "layers_per_block", "in_channels")
         decoder = build(lambda: sd_decoder(*(stored["config"][n] for n in shape)), light_decoder)
         vae.decoder = load_strict(decoder, stored["model_state_dict"], light_decoder)
         vae.post_quant_conv = nn.Identity()
-    return vae
+    with torch.no_grad(), suppress(RuntimeError, TypeError):
+        z = vae.encode(torch.zeros(1, 3, 32, 32))
+        if z.shape == (1, LATENT_CHANNELS[kind], 4, 4) and vae.decode(z).shape == (1, 3, 32, 32):
+            return vae
+    raise ValueError(f"{light_decoder or path} makes other latents than the DiT of VOSR wants")
 
 
 BESIDE = "semantic_encoder."  # names of the tiny encoder in a run of train.py, beside its DiT
@@ -828,11 +827,11 @@ def load_semantic_encoder(path, cfg):
         beside = {n[len(BESIDE):]: value for n, value in tensors.items() if n.startswith(BESIDE)}
         return load_strict(TinySemanticEncoder(cfg.enc_dim), beside or tensors, source)
     tensors = read_tensors(path)
-    if not torch.is_tensor(tensors.get("cls_token")):
+    if not torch.is_tensor(tensors.get("cls_token")) or tensors["cls_token"].dim() != 3:
         raise ValueError(f"{path} lacks cls_token: not the weights of DINOv2")
-    depth = 1 + max((int(name.split(".")[1]) for name in tensors if name.startswith("blocks.")), default=0)
-    dim, layer = tensors["cls_token"].shape[-1], cfg.layer_dinov2b_list[-1]
-    if dim != cfg.enc_dim or layer >= depth:
+    depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
+    dim, (layer,) = tensors["cls_token"].shape[-1], cfg.layer_dinov2b_list[-1:] or (None,)
+    if dim != cfg.enc_dim or layer not in list(range(depth)):
         raise ValueError(f"{path} has {depth} blocks of {dim} channels: the DiT wants number {layer} "
                          f"with {cfg.enc_dim} channels")
     encoder = build(lambda: DINOv2(dim, depth, dim // 64, layer=layer, size=cfg.dinov2_size), path)

@@ -106,7 +106,7 @@ def euler(net, z, c_str, c_sem, times, alpha=0.1, cfg_scale=None, interval=(0, 1
         now = z.new_full((len(z),), t)
         if cfg_scale is None:
             v = net(z, now, c_str, c_sem, r=z.new_full((len(z),), t_next))
-        elif interval[0] <= t <= interval[1]:
+        elif cfg_scale != 1 and interval[0] <= t <= interval[1]:
             v = guided_velocity(net, z, now, c_str, c_sem, alpha, cfg_scale)
         else:
             v = net(z, now, c_str, c_sem)
@@ -231,7 +231,7 @@ def wavelet(image, reference):
 @contextmanager
 def shared_norms(vae, look):
     """Group norms of the published autoencoder ought to see the whole picture, or tiles differ in tone: here
-    all have the statistics of the windows that look() runs through it as one batch."""
+    all have the statistics of what look() runs through it, the whole picture reduced."""
     norms, moments = [m for m in vae.modules() if isinstance(m, torch.nn.GroupNorm) and look], {}
 
     def forward(norm, x):
@@ -275,7 +275,7 @@ def restore(enlarged, vosr, tile, batch, steps, seed, name, cfg_scale, alpha, co
         window = torch.from_numpy(np.asarray(window)[np.ix_(y - y.min(), x - x.min())])
         return window.permute(2, 0, 1)[None].to(device) / 127.5 - 1
 
-    @lru_cache(maxsize=None if steps > 1 else 1)  # a single step needs the tokens of a tile once
+    @lru_cache(maxsize=64 if steps > 1 else 1)  # a single step needs the tokens of a tile once
     def tokens(k):  # number of a tile -> (1, N, enc_dim)
         return vosr.semantic_tokens(crop(*places[k], h, w)).float()
 
@@ -298,23 +298,22 @@ def restore(enlarged, vosr, tile, batch, steps, seed, name, cfg_scale, alpha, co
             raise FloatingPointError("the result is not finite")
         return x
 
-    def latent(top, left, h, w):
-        return z[..., top:top + h, left:left + w]
-
     def paint(top, left, h, w):  # -> grey levels (3, 8h, 8w)
-        image = finite(vosr.decode(latent(top, left, h, w)))[0] * 0.5 + 0.5
+        image = finite(vosr.decode(z[..., top:top + h, left:left + w]))[0] * 0.5 + 0.5
         if color != "wavelet":
             return 255 * image.clamp(0, 1)
         return 255 * wavelet(image.clamp(0, 1), crop(top, left, h, w)[0] * 0.5 + 0.5)
 
-    def corners(cut):
-        a, b = min(32, height), min(32, width)
-        return torch.cat([cut(y, x, a, b) for y in (0, height - a) for x in (0, width - b)])
+    small = min(64, height), min(64, width)  # the whole, reduced so that flat margins count as they should
 
-    with shared_norms(vosr.vae, places[1:] and (lambda: vosr.encode(corners(crop)))):
+    def overview():
+        pixels = np.array(enlarged.resize((8 * small[1], 8 * small[0]), Image.Resampling.NEAREST))
+        return torch.from_numpy(pixels).permute(2, 0, 1)[None].to(device) / 127.5 - 1
+
+    with shared_norms(vosr.vae, places[1:] and (lambda: vosr.encode(overview()))):
         c_str = torch.cat([band for _, band in assemble(encode, height, width, tile)], dim=1)[None]
     cfg_scale = vosr.defaults["cfg_scale"] if vosr.one_step or cfg_scale is None else cfg_scale
-    total = steps * len(places) * (1 if cfg_scale is None else 2)
+    total = steps * len(places) * (1 if cfg_scale in (None, 1) else 2)
     with tqdm(total=total, disable=None if progress else True, leave=False) as bar:
         kept = cache(semantics) if steps > 1 and len(places) <= KEPT_TILES else semantics
         field, c_sem = (tiled(net, places, h, w, kept, batch), []) if places[1:] else (net, semantics([0]))
@@ -322,7 +321,7 @@ def restore(enlarged, vosr, tile, batch, steps, seed, name, cfg_scale, alpha, co
         z = finite(euler(field, noise, c_str, c_sem, time_grid(steps), alpha, cfg_scale))
     del c_str, noise  # a large picture may need their place
     picture = Image.new("RGB", enlarged.size)
-    with shared_norms(vosr.vae, places[1:] and (lambda: vosr.decode(corners(latent)))):
+    with shared_norms(vosr.vae, places[1:] and (lambda: vosr.decode(F.interpolate(z, small)))):
         for top, band in assemble(paint, height, width, tile):
             levels = band.add_(0.5).clamp_(0, 255).byte().permute(1, 2, 0).cpu().contiguous()  # half up
             picture.paste(Image.fromarray(levels.numpy()), (0, top))
@@ -341,11 +340,12 @@ def retry(enlarged, vosr, tile, name, options):
             print(f"{name}: {reason} in {vosr.half}, computed again in fp32", file=sys.stderr)
             vosr = in_fp32(vosr)
         except (MemoryError, RuntimeError) as reason:
-            if "memory" not in str(reason):
+            if isinstance(reason, RuntimeError) and not re.search("out of mem|allocate mem", str(reason)):
                 raise
-            if tile == 128 and batch == 1:
-                raise MemoryError(str(reason).splitlines()[0]) from None
-            tile, batch = (tile, batch // 2) if batch > 1 else (max(128, (tile or 1024) // 2), 1)
+            tile = min(tile or max(enlarged.size), max(enlarged.size))
+            if tile <= 128 and batch == 1:
+                raise MemoryError("out of memory") from None
+            tile, batch = (tile, batch // 2) if batch > 1 else (max(128, tile // 2), 1)
             print(f"{name}: out of memory, again with --tile {tile}, {batch} at a time", file=sys.stderr)
 
 
@@ -359,7 +359,7 @@ def passes(size, wanted):
 
 
 @torch.no_grad()
-def upscale(image, vosr, scale=4, steps=1, seed=42, name="image", cfg_scale=None, alpha=0.1, tile=512,
+def upscale(image, vosr, scale=4, steps=0, seed=42, name="image", cfg_scale=None, alpha=0.1, tile=512,
             color="wavelet", fidelity=0.0, posterior="mode", size=None, progress=False):
     """Picture -> picture of round(scale * side) pixels, or of size = (width, height); any side from 1.
 
@@ -369,7 +369,8 @@ def upscale(image, vosr, scale=4, steps=1, seed=42, name="image", cfg_scale=None
     own) and alpha act in multi-step models only (Eq. 2). Transparency is enlarged by bicubic.
     """
     rgb, opacity, grey, icc, notes = split_picture(to_pillow(image) if torch.is_tensor(image) else image)
-    size = size or tuple(max(1, round(scale * side)) for side in rgb.size)
+    size = tuple(size or (max(1, round(scale * side)) for side in rgb.size))
+    steps = steps or vosr.defaults["steps"]
     options = (steps, seed, name, cfg_scale, alpha, color, fidelity, posterior, progress)
     for part in passes(rgb.size, size):
         rgb = retry(rgb.resize(part, Image.Resampling.BICUBIC), vosr, tile, name, options)
@@ -383,20 +384,15 @@ def upscale(image, vosr, scale=4, steps=1, seed=42, name="image", cfg_scale=None
 
 
 # ---------------------------------------------------------------- models
-def choose_half(dtype, device):
-    """--dtype -> that of products and attention in DiT and semantic encoder, None: fp32 like all the rest."""
-    return HALF[dtype if dtype != "auto" else "fp16" if choose_device(device).type == "cuda" else "fp32"]
-
-
 def ready(vosr, args=None, half=None, device="auto", source=None):
     """Put a bundle on its device, in eval mode, and note as attributes how it wants to be sampled.
 
-    args: the args.json of its DiT, whose folder is `source`; half: see choose_half. one_step: a student, no
-    guidance. tau: amplitude of its starting noise.
+    args: the args.json of its DiT, whose folder is `source`; half: dtype of products and attention in DiT and
+    semantic encoder, None for fp32. one_step: a student, no guidance. tau: amplitude of its starting noise.
     """
     vosr.args, vosr.half, vosr.source = args or {}, half, source
     vosr.one_step = vosr.dit.cfg.auxiliary_time_cond or vosr.args.get("distill_type") == "onestep"
-    vosr.tau, vosr.defaults = vosr.args.get("tau", 1.0), ONE_STEP if vosr.one_step else MULTI_STEP
+    vosr.tau, vosr.defaults = float(vosr.args.get("tau") or 1), ONE_STEP if vosr.one_step else MULTI_STEP
     return vosr.eval().requires_grad_(False).to(choose_device(device))
 
 
@@ -433,7 +429,7 @@ def published_files(model):
     """Family or network -> its files below the weights folder, in the authors' layout; none of tiny."""
     rows = [row for name, row in DEFAULTS.items() if model in (name, re.sub("-[mo]s$", "", name))]
     if not rows:
-        raise ValueError(f"unknown model {model!r}: {', '.join(DEFAULTS)} or a family of two")
+        raise ValueError(f"unknown model {model!r}: {', '.join(FAMILIES)}, or with -ms or -os at the end")
     return tuple(dict.fromkeys(file for row in rows if row["ae_type"] in AROUND for file in (
         f"{row['folder']}/args.json", f"{row['folder']}/checkpoints/ema_model.safetensors",
         *AROUND[row["ae_type"]])))
@@ -459,7 +455,8 @@ def load(model="tiny", steps=1, weights="weights", dtype="auto", device="auto"):
     folder, name = find_model(model, steps, weights)
     if name:
         require(published_files(name), weights, name)
-    args, row, half = read_json(find_settings(folder)), DEFAULTS.get(name, {}), choose_half(dtype, device)
+    args, row = read_json(find_settings(folder)), DEFAULTS.get(name, {})
+    half = HALF[dtype if dtype != "auto" else "fp16" if choose_device(device).type == "cuda" else "fp32"]
     ae_type, wanted = args.get("ae_type"), [row["ae_type"]] if row else list(FROZEN)
     if ae_type not in wanted:
         raise ValueError(f"{find_settings(folder)} has ae_type {ae_type!r}, not {' or '.join(wanted)}")
@@ -467,7 +464,7 @@ def load(model="tiny", steps=1, weights="weights", dtype="auto", device="auto"):
     dit = load_dit(folder, half)
     around = load_frozen(dit.cfg, weights, None if name else folder, light=True)
     vosr = ready(VOSR(dit, *around), args, half, device, folder)
-    if name and vosr.one_step != (row["steps"] == 1):
+    if name and (vosr.one_step, dit.cfg.auxiliary_time_cond) != (row["steps"] == 1, name.endswith("-os")):
         raise ValueError(f"{folder} holds a {'one' if vosr.one_step else 'multi'}-step network, "
                          f"{name} is of the other kind")
     vosr.defaults = row or vosr.defaults
@@ -482,7 +479,7 @@ def check(cfg):
         if getattr(cfg, name) not in known:
             die(f"--{name} is one of {', '.join(known)}, got {getattr(cfg, name)!r}")
     for name, low, high in (("steps", 0, 1000), ("scale", 1, 100), ("long", 0, 10**6), ("fidelity", 0, 1),
-                            ("tile", 64 if cfg.tile else 0, 10**6), ("max_pixels", 1, 10**12)):
+                            ("alpha", 0, 1), ("tile", 64 if cfg.tile else 0, 10**6), ("max_pixels", 1, 1e12)):
         if not low <= getattr(cfg, name) <= high:
             die(f"--{name} lies between {low} and {high}, got {getattr(cfg, name):g}")
     if cfg.size and not re.fullmatch("[1-9][0-9]*x[1-9][0-9]*", cfg.size):
@@ -540,13 +537,12 @@ def run(source, target, vosr, cfg):
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     image = open_picture(source, cfg.max_pixels)
-    if cfg.long and cfg.long < max(image.size):
-        raise ValueError(f"{source} is {image.width}x{image.height}: --long {cfg.long} would shrink it")
-    picture = upscale(
-        image, vosr, scale=cfg.long / max(image.size) if cfg.long else cfg.scale,
-        size=tuple(map(int, cfg.size.split("x"))) if cfg.size else None, steps=cfg.steps, seed=cfg.seed,
-        name=source.name, cfg_scale=cfg.cfg_scale, alpha=cfg.alpha, tile=cfg.tile, color=cfg.color,
-        fidelity=cfg.fidelity, posterior=cfg.posterior, progress=True)
+    size = tuple(map(int, cfg.size.split("x"))) if cfg.size else None
+    if (cfg.long and cfg.long < max(image.size)) or (size and any(map(int.__lt__, size, image.size))):
+        raise ValueError(f"{source} is {image.width}x{image.height}: {cfg.size or cfg.long} would shrink it")
+    scale = cfg.long / max(image.size) if cfg.long else cfg.scale
+    picture = upscale(image, vosr, scale, cfg.steps, cfg.seed, source.name, cfg.cfg_scale, cfg.alpha,
+                      cfg.tile, cfg.color, cfg.fidelity, cfg.posterior, size, progress=True)
     for note in picture.info["notes"]:
         print(f"{source}: {note}")
     rgb, opacity, grey, icc, _ = split_picture(picture)
@@ -560,9 +556,11 @@ def main():
     cfg = cli(Config)
     check(cfg)
     jobs = plan(cfg)
+    _, name = find_model(cfg.model, cfg.steps, cfg.weights)
+    require(published_files(name) if name else (), cfg.weights, name)
     todo = [(s, t) for s, t in jobs if cfg.overwrite or not (t.is_file() and t.stat().st_size)]
     if len(todo) < len(jobs):
-        print(f"{len(jobs) - len(todo)} of {len(jobs)} outputs exist already; --overwrite makes them again")
+        print(f"{len(jobs) - len(todo)} of {len(jobs)} outputs exist, made by whatever; --overwrite redoes them")
     for folder in {target.parent for source, target in todo if source.exists()}:
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sample
-from config import cli, launch
+from config import cli, die, launch
 from data import write_whole
 from model import AutoencoderKL, DINOv2, DiT, ModelConfig, QwenVAE, sd_decoder
 
@@ -160,6 +160,7 @@ def measure(cfg):
     names = dict(encode="encode", tokens="semantic_tokens", DiT="velocity", decode="decode")
     for stage, method in names.items():
         setattr(vosr, method, watch.wrap(stage, getattr(vosr, method)))
+    vosr.dit.semantics = watch.wrap("DiT", vosr.dit.semantics)
     sample.wavelet = watch.wrap("colour", sample.wavelet)
     size = int(cfg.sizes)
     with Image.open(Path(__file__).parent.parent / "assets" / "input.png") as picture:
@@ -182,6 +183,10 @@ def main():
         print(json.dumps(measure(cfg)))
         return
     models = [sample.find_model(name, cfg.steps, cfg.weights)[1] or name for name in cfg.models.split(",")]
+    if not all(n.isdigit() for n in f"{cfg.sizes},{cfg.tiles}".split(",")) or cfg.repeat < 1:
+        die("--sizes and --tiles want numbers such as 512,1024, --repeat at least 1")
+    if min(map(int, cfg.sizes.split(","))) < 4 or (cfg.random and any(n.startswith("tiny") for n in models)):
+        die("--sizes start at 4; --random is for the published models, tiny has weights")
     if cfg.random:
         cfg.weights = "out/random"
         for name in models:
