@@ -44,8 +44,7 @@ def cli(Config, presets=None, argv=None):
         for cls in reversed(Config.__mro__[:-1]):
             notes |= re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), re.M)
         for name, note in notes.items():
-            option = "words" if name == "inputs" else f"--{name.rstrip('_')}"
-            print(f"  {option:<24} {note} (default {default[name]!r})")
+            print(f"  --{name.rstrip('_'):<22} {note} (default {default[name]!r})")
         sys.exit(0)
     while argv:
         word, equals, text = argv.pop(0).partition("=")

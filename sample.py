@@ -560,7 +560,7 @@ def main():
     require(published_files(name) if name else (), cfg.weights, name)
     todo = [(s, t) for s, t in jobs if cfg.overwrite or not (t.is_file() and t.stat().st_size)]
     if len(todo) < len(jobs):
-        print(f"{len(jobs) - len(todo)} of {len(jobs)} outputs exist, made by whatever; --overwrite redoes them")
+        print(f"{len(jobs) - len(todo)} of {len(jobs)} outputs exist, by any model; --overwrite redoes them")
     for folder in {target.parent for source, target in todo if source.exists()}:
         try:
             folder.mkdir(parents=True, exist_ok=True)
