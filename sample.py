@@ -231,7 +231,7 @@ def wavelet(image, reference):
 @contextmanager
 def shared_norms(vae, look):
     """Group norms of the published autoencoder ought to see the whole picture, or tiles differ in tone: here
-    all have the statistics of what look() runs through it, the whole picture reduced."""
+    all have the statistics of the windows that look() runs through it as one batch."""
     norms, moments = [m for m in vae.modules() if isinstance(m, torch.nn.GroupNorm) and look], {}
 
     def forward(norm, x):
@@ -298,19 +298,20 @@ def restore(enlarged, vosr, tile, batch, steps, seed, name, cfg_scale, alpha, co
             raise FloatingPointError("the result is not finite")
         return x
 
+    def latent(top, left, h, w):
+        return z[..., top:top + h, left:left + w]
+
     def paint(top, left, h, w):  # -> grey levels (3, 8h, 8w)
-        image = finite(vosr.decode(z[..., top:top + h, left:left + w]))[0] * 0.5 + 0.5
+        image = finite(vosr.decode(latent(top, left, h, w)))[0] * 0.5 + 0.5
         if color != "wavelet":
             return 255 * image.clamp(0, 1)
         return 255 * wavelet(image.clamp(0, 1), crop(top, left, h, w)[0] * 0.5 + 0.5)
 
-    small = min(64, height), min(64, width)  # the whole, reduced so that flat margins count as they should
+    def spread(cut):  # 16 windows all over the picture, so that flat margins count as they should
+        ys, xs = (np.linspace(0, n - min(24, n), 4).astype(int).tolist() for n in (height, width))
+        return torch.cat([cut(y, x, min(24, height), min(24, width)) for y in ys for x in xs])
 
-    def overview():
-        pixels = np.array(enlarged.resize((8 * small[1], 8 * small[0]), Image.Resampling.NEAREST))
-        return torch.from_numpy(pixels).permute(2, 0, 1)[None].to(device) / 127.5 - 1
-
-    with shared_norms(vosr.vae, places[1:] and (lambda: vosr.encode(overview()))):
+    with shared_norms(vosr.vae, places[1:] and (lambda: vosr.encode(spread(crop)))):
         c_str = torch.cat([band for _, band in assemble(encode, height, width, tile)], dim=1)[None]
     cfg_scale = vosr.defaults["cfg_scale"] if vosr.one_step or cfg_scale is None else cfg_scale
     total = steps * len(places) * (1 if cfg_scale in (None, 1) else 2)
@@ -321,7 +322,7 @@ def restore(enlarged, vosr, tile, batch, steps, seed, name, cfg_scale, alpha, co
         z = finite(euler(field, noise, c_str, c_sem, time_grid(steps), alpha, cfg_scale))
     del c_str, noise  # a large picture may need their place
     picture = Image.new("RGB", enlarged.size)
-    with shared_norms(vosr.vae, places[1:] and (lambda: vosr.decode(F.interpolate(z, small)))):
+    with shared_norms(vosr.vae, places[1:] and (lambda: vosr.decode(spread(latent)))):
         for top, band in assemble(paint, height, width, tile):
             levels = band.add_(0.5).clamp_(0, 255).byte().permute(1, 2, 0).cpu().contiguous()  # half up
             picture.paste(Image.fromarray(levels.numpy()), (0, top))
