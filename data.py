@@ -193,31 +193,30 @@ def write_whole(path, write):
         hidden.unlink(missing_ok=True)
 
 
+def check_format(path, size):
+    """ValueError if the format of path cannot hold a picture of `size`."""
+    suffix = Path(path).suffix.lower()
+    if max(size) > (longest := LONGEST_SIDE.get(suffix, math.inf)):
+        raise ValueError(f"{path}: {max(size)} px a side, {suffix} has {longest} at most; PNG has more")
+
+
 def save_picture(path, rgb, alpha=None, grey=False, icc=None):
     """Write RGB, as L if grey, with alpha (L; JPEG: on white), in the format of the extension. ValueError."""
+    check_format(path, rgb.size)
     suffix = Path(path).suffix.lower()
-    if max(rgb.size) > (longest := LONGEST_SIDE.get(suffix, math.inf)):
-        raise ValueError(f"{path}: {max(rgb.size)} px a side, {suffix} has {longest} at most; PNG has more")
     if suffix in (".jpg", ".jpeg"):
         rgb, alpha = on_white(rgb, alpha), None
     picture = rgb.convert("L") if grey else rgb
     if alpha is not None:
         picture = picture.copy()  # putalpha works in place
         picture.putalpha(alpha)
-    options = dict(quality=95, subsampling="4:4:4")  # of JPEG, the first of WebP, too; others ignore them
     icc = None if grey and suffix == ".webp" else icc  # WebP stores grey as RGB
-    write_whole(path, lambda hidden: picture.save(hidden, icc_profile=icc, **options))
+    write_whole(path, lambda hidden: picture.save(hidden, icc_profile=icc, quality=95, subsampling="4:4:4"))
 
 
 def write_image(path, image):
     """Write (3, H, W) float in [0, 1]; the extension decides the format."""
     save_picture(path, to_pillow(image))
-
-
-def enlarge(image, height, width):
-    """(3, h, w) in [0, 1] -> (3, height, width) in [0, 1]: Pillow's bicubic on 8 bits, as when sampling."""
-    picture = to_pillow(image).resize((width, height), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
 
 
 # ---------------------------------------------------------------- operations of the degradation
@@ -589,14 +588,19 @@ class Source:
         return (permutation(n, seed, i // n)[i % n] for i in range(index, index + n)) if n else [index]
 
 
+def pictures_in(folder):
+    """Paths of all picture files below a folder, sorted; what is hidden is left out."""
+    return sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()
+                  and not any(part.startswith(".") for part in p.relative_to(folder).parts))
+
+
 def open_source(spec):
     """"procedural", a folder with sub-folders, or a text file with a path per line. Raises ValueError."""
     path, wanted = Path(spec), "give a folder, a list file, or procedural"
     if str(spec) == "procedural":
         return Source("procedural")
     if path.is_dir():
-        names = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in SUFFIXES and p.is_file()
-                 and not any(part.startswith(".") for part in p.relative_to(path).parts)]
+        names = pictures_in(path)
     elif path.is_file():
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
@@ -622,42 +626,38 @@ def describe(source):
     return f"{source.spec}: {len(source.names)} pictures, {smallest}: {', '.join(source.names[:3])}, ..."
 
 
-def crop(source, index, resolution, seed):
-    """Sample number `index` of a run -> uint8 (3, R, R), a function of (seed, index) and the source alone.
+class Crops(torch.utils.data.Dataset):
+    """The crops of a run as numbered samples, uint8 (3, R, R): functions of seed, number and source alone.
 
-    So a run resumes with the next index, and any split of the indices over ranks and workers gives the same
+    So a run resumes with the next number, and any split of the numbers over ranks and workers gives the same
     crops. The next picture stands in for one that cannot be read (reported) or is smaller than R (counted).
     """
-    generator = keyed_generator("cpu", "crop", seed, index)
-    for candidate in source.choose(index, seed):
-        if candidate in source.small or candidate in source.bad:
-            continue
-        try:
-            image = source.image(candidate, generator, resolution)
-        except ValueError as reason:
-            source.bad.add(candidate)
-            print(f"unreadable: {reason}", flush=True)
-            bad, n = len(source.bad), len(source.names)
-            if bad > max(1, source.limit * n):
-                raise ValueError(f"{source.spec}: {bad} of {n} cannot be read, remove them") from None
-            continue
-        room = [side - resolution for side in image.shape[1:]]
-        if min(room) >= 0:
-            top, left = (int(torch.randint(n + 1, (), generator=generator)) for n in room)
-            return image[:, top : top + resolution, left : left + resolution].contiguous()
-        source.small.add(candidate)
-    raise ValueError(f"{source.spec}: {len(source.small)} pictures are smaller than {resolution} px, "
-                     f"{len(source.bad)} cannot be read, none is left; lower --resolution")
-
-
-class Crops(torch.utils.data.Dataset):
-    """The crops of a run as numbered samples: a resumed run goes on with the next number."""
 
     def __init__(self, source, resolution, seed):
         self.source, self.resolution, self.seed = source, resolution, seed
 
     def __getitem__(self, index):
-        return crop(self.source, index, self.resolution, self.seed)
+        source, side = self.source, self.resolution
+        generator = keyed_generator("cpu", "crop", self.seed, index)
+        for candidate in source.choose(index, self.seed):
+            if candidate in source.small or candidate in source.bad:
+                continue
+            try:
+                image = source.image(candidate, generator, side)
+            except ValueError as reason:
+                source.bad.add(candidate)
+                print(f"unreadable: {reason}", flush=True)
+                bad, n = len(source.bad), len(source.names)
+                if bad > max(1, source.limit * n):
+                    raise ValueError(f"{source.spec}: {bad} of {n} cannot be read, remove them") from None
+                continue
+            room = [n - side for n in image.shape[1:]]
+            if min(room) >= 0:
+                top, left = (int(torch.randint(n + 1, (), generator=generator)) for n in room)
+                return image[:, top : top + side, left : left + side].contiguous()
+            source.small.add(candidate)
+        raise ValueError(f"{source.spec}: {len(source.small)} pictures are smaller than {side} px, "
+                         f"{len(source.bad)} cannot be read, none is left; lower --resolution")
 
 
 # ---------------------------------------------------------------- procedural pictures
@@ -733,7 +733,7 @@ def main(cfg):
         source.limit = 1.0  # a look at the data stops for no bad file
         print(describe(source))
         for row, top in enumerate(range(0, sheet.height, side + 4)):
-            hr, key = crop(source, row, cfg.resolution, cfg.seed)[None] / 255, ("show", cfg.seed, row)
+            hr, key = Crops(source, cfg.resolution, cfg.seed)[row][None] / 255, ("show", cfg.seed, row)
             lr = degrade(hr, keyed_generator("cpu", *key), cfg.degradation)
             draws = draw_batch(1, *hr.shape[2:], keyed_generator("cpu", *key), cfg.degradation)[0]  # again
             for left, image in ((0, hr[0]), (side + 4, lr[0])):

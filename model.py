@@ -690,8 +690,8 @@ def halve(net, dtype):
 
 
 def model_folder(path):
-    """The folder that a path means: OUT/last is a text file that names the newest checkpoint beside it."""
-    path = Path(path)
+    """The folder that a path means: OUT and OUT/last mean the newest checkpoint, which OUT/last names."""
+    path = Path(path, "last") if Path(path, "last").is_file() else Path(path)
     return path.parent / path.read_text().strip() if path.is_file() and path.name == "last" else path
 
 
@@ -705,12 +705,12 @@ def find_weights(folder):
     raise ValueError(f"{folder} has no ema_model.safetensors or model.safetensors")
 
 
-def find_settings(folder):
-    """The args.json of a model folder: in it or, as the official scripts look, up to four levels above."""
+def read_settings(folder):
+    """Path and content of args.json, in the model folder or, as in the official scripts, up to four above."""
     folder = model_folder(folder)
     for place in (folder, *folder.absolute().parents[:4]):
         if (place / "args.json").is_file():
-            return place / "args.json"
+            return place / "args.json", read_json(place / "args.json")
     raise ValueError(f"{folder} has no args.json")
 
 
@@ -745,8 +745,7 @@ def settings(cfg, paths=True):
 
 def load_dit(folder, half=None):
     """DiT of a folder, if tensors and args.json agree (it may be silent on r_embedder); half: see halve."""
-    source, path = find_weights(folder), find_settings(folder)
-    args = read_json(path)
+    source, (path, args) = find_weights(folder), read_settings(folder)
     tensors = {n: v for n, v in read_tensors(source).items() if BESIDE not in n}
     cfg = read_config(args | {"auxiliary_time_cond": any("r_embedder." in name for name in tensors)}, path)
     if args.get("auxiliary_time_cond") not in (None, cfg.auxiliary_time_cond):

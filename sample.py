@@ -3,17 +3,9 @@
     python sample.py --steps 1 input.png                   # writes input_x4.png beside it
     python sample.py --steps 25 photos/ -o out/            # the multi-step network, a whole folder
     python sample.py --scale 2.5 --fidelity 0.5 -- -odd-name.jpg
-
-As a library:
-
-    from PIL import Image
-    from sample import load, upscale
-    vosr = load("tiny", steps=1)
-    upscale(Image.open("input.png"), vosr, scale=4).save("input_x4.png")
 """
 import itertools
 import math
-import os
 import re
 import sys
 import time
@@ -22,6 +14,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from glob import glob
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import numpy as np
 import torch
@@ -29,20 +22,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageStat
 from tqdm import tqdm
 
+import data
 from config import cli, die, launch
-from data import MAX_PIXELS, SUFFIXES, keyed_generator, open_picture, save_picture, split_picture, to_pillow
-from model import (
-    FROZEN,
-    GRID,
-    VOSR,
-    choose_device,
-    find_settings,
-    guided_velocity,
-    load_dit,
-    load_frozen,
-    model_folder,
-    read_json,
-)
+from model import FROZEN, GRID, VOSR, choose_device, guided_velocity, load_dit, load_frozen, read_settings
 
 MULTI_STEP = dict(steps=25, cfg_scale=0.5)  # the authors' practical default; they use -0.5 on RealSR
 ONE_STEP = dict(steps=1, cfg_scale=None)    # guidance was distilled into the student
@@ -57,6 +39,7 @@ DEFAULTS = {  # where each model lies in the weights folder, and how it is sampl
 }
 FAMILIES = tuple(dict.fromkeys(name.removesuffix("-ms").removesuffix("-os") for name in DEFAULTS))
 HUB = "https://huggingface.co/CSWRY/VOSR/resolve/main"  # the authors' files, named as below weights/
+COLORS = ("wavelet", "adain", "none")
 HALF = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -80,7 +63,7 @@ class Config:
     overwrite: bool = False  # redo outputs that are there already
     ext: str = "png"  # format of the outputs: png, jpg, webp, tif
     strip: bool = False  # leave the colour profile out
-    max_pixels: int = MAX_PIXELS  # larger inputs are refused, from their header
+    max_pixels: int = data.MAX_PIXELS  # larger inputs are refused, from their header
     compile: bool = False  # torch.compile: pays for many pictures of one size
     out: str = ""  # folder of the outputs (also -o); default: beside each input
     inputs: tuple = ()  # pictures and folders; after -- names may start with a dash
@@ -155,11 +138,11 @@ MARGIN, RAMP = 6, 4  # latent cells that a tile's own border spoils; width of th
 
 
 def assemble(piece, height, width, tile):
-    """Bands of the whole, top to bottom, from overlapping pieces: yields (first row, (C, rows, f width)).
+    """Bands of the whole, top to bottom, from overlapping pieces: yields (first row, (..., rows, f width)).
 
-    piece(top, left, h, w) -> (C, f h, f w), float, for a window of latent cells. Pieces are cross-faded where
-    all of them are sound: the tiny autoencoder sees no further than MARGIN, so tiles change nothing; the
-    published ones have norms and attention over the window.
+    piece(top, left, h, w) -> (..., f h, f w), float, for a window of latent cells. Pieces are cross-faded
+    where all of them are sound: the tiny autoencoder sees no further than MARGIN, so tiles change nothing;
+    the published ones have norms and attention over the window.
     """
     tile, overlap, rest = max(tile, 32), 2 * MARGIN + RAMP, None
     h, w = min(tile, height), min(tile, width)
@@ -174,34 +157,24 @@ def assemble(piece, height, width, tile):
             new = piece(top, left, h, w)
             f = new.shape[-1] // w
             if band is None:
-                band = new.new_zeros(len(new), f * h, f * width)
+                band = new.new_zeros(*new.shape[:-2], f * h, f * width)
             cols = band[..., f * left:f * (left + w)]
             cols.lerp_(new, fade(left, f * w, f, new.device))
         if rest is not None:  # what the pieces above said of these rows
-            shared = band[:, :rest.shape[1]]
-            shared.copy_(rest.lerp_(shared, fade(top, rest.shape[1], f, band.device)[:, None]))
-        yield f * top, band[:, :f * (below - top)]
-        rest = band[:, f * (below - top):].clone()  # not the whole band
+            shared = band[..., :rest.shape[-2], :]
+            shared.copy_(rest.lerp_(shared, fade(top, rest.shape[-2], f, band.device)[:, None]))
+        yield f * top, band[..., :f * (below - top), :]
+        rest = band[..., f * (below - top):, :].clone()  # not the whole band
 
 
 # ---------------------------------------------------------------- colour
-def shift_moments(x, mean, std, wanted_mean, wanted_std):
-    return ((x - mean) / (std + 1e-5) * (wanted_std + 1e-5) + wanted_mean).clamp(0, 1)
-
-
-def adain(image, reference):
-    """Give each channel of image (3, H, W) in [0, 1] the mean and deviation of the reference, of any size."""
-    moments = [torch.std_mean(x, dim=(1, 2), correction=min(1, x[0].numel() - 1), keepdim=True)[::-1]
-               for x in (image, reference)]
-    return shift_moments(image, *moments[0], *moments[1])
-
-
-def adain_picture(picture, reference):
-    """The same on 8-bit RGB pictures, without floats of their size: a table of 256 levels per channel."""
+def adain(picture, reference):
+    """What each 8-bit level of an RGB picture becomes, (3, 256) in [0, 1], to give its channels the mean and
+    the deviation of the reference, a picture of any size."""
     stats = [ImageStat.Stat(p) for p in (picture, reference)]
-    moments = [torch.tensor(m).view(3, 1) / 255 for stat in stats for m in (stat.mean, stat.stddev)]
-    levels = shift_moments((torch.arange(256) / 255).expand(3, 256), *moments)
-    return picture.point((levels * 255 + 0.5).int().flatten().tolist())
+    mean, std, mean_, std_ = (torch.tensor(m).view(3, 1) / 255 for s in stats for m in (s.mean, s.stddev))
+    levels = (torch.arange(256) / 255 - mean) / (std + 1e-5) * (std_ + 1e-5) + mean_
+    return levels.clamp(0, 1)
 
 
 def reflect(length, before, after):
@@ -220,10 +193,6 @@ def low_band(image, sigma=5.0, reach=20):
 
 def wavelet(image, reference):
     """Exchange the low band of image (3, H, W) in [0, 1] for the reference's. The name is the authors'."""
-    if image.shape != reference.shape:
-        picture = Image.fromarray((reference * 255).round().byte().permute(1, 2, 0).cpu().numpy())
-        picture = picture.resize(image.shape[:0:-1], Image.Resampling.LANCZOS)
-        reference = torch.from_numpy(np.array(picture)).to(image.device).permute(2, 0, 1) / 255
     return (image + low_band(reference - image)).clamp(0, 1)
 
 
@@ -253,35 +222,38 @@ def shared_norms(vae, look):
             del norm.forward
 
 
-def restore(enlarged, vosr, tile, batch, steps, seed, name, cfg_scale, alpha, color, fidelity, posterior,
-            progress):
-    """RGB picture enlarged by bicubic -> restored one of that size; FloatingPointError if it is not finite.
+def restore(pictures, size, names, vosr, tile, batch, steps, seed, cfg_scale, alpha, color, fidelity,
+            posterior, progress):
+    """RGB pictures of one size -> restored ones of `size`; several only if a tile holds them.
 
-    Pixels stay in Pillow (4 bytes) and become floats tile by tile; latents are whole, a byte per pixel each.
+    The enlarged input exists in windows alone, the output as 8 bits in Pillow; latents are whole, a byte per
+    pixel each. FloatingPointError if a value is not finite.
     """
     device, half = next(vosr.parameters()).device, vosr.half
-    rows, cols = (reflect(n, 0, max(64, -(-n // GRID) * GRID) - n) for n in enlarged.size[::-1])
+    rows, cols = (reflect(n, 0, max(64, -(-n // GRID) * GRID) - n) for n in size[::-1])
     height, width = len(rows) // 8, len(cols) // 8                                          # of the latent
     tile = tile // GRID * 2 or max(height, width)                                           # in cells, even
     h, w = min(tile, height), min(tile, width)
     places = list(itertools.product(tile_layout(height, h, h // 8), tile_layout(width, w, w // 8)))
-    generator, shape = keyed_generator("cpu", seed, name), (1, vosr.dit.channels, height, width)
-    noise = torch.randn(shape, generator=generator).to(device)
-    draw = torch.randn(shape, generator=generator).to(device) if posterior == "sample" else None
+    shape, keys = (1, vosr.dit.channels, height, width), [data.keyed_generator("cpu", seed, n) for n in names]
+    noise = torch.cat([torch.randn(shape, generator=key) for key in keys]).to(device)
+    drawn = posterior == "sample" and torch.cat([torch.randn(shape, generator=k) for k in keys]).to(device)
 
-    def crop(top, left, h, w):  # latent cells -> (1, 3, 8h, 8w) in [-1, 1]
+    def crop(top, left, h, w):  # latent cells -> (n, 3, 8h, 8w) in [-1, 1], enlarged by bicubic
         y, x = rows[8 * top:8 * (top + h)], cols[8 * left:8 * (left + w)]
-        window = enlarged.crop((x.min(), y.min(), x.max() + 1, y.max() + 1))
-        window = torch.from_numpy(np.asarray(window)[np.ix_(y - y.min(), x - x.min())])
-        return window.permute(2, 0, 1)[None].to(device) / 127.5 - 1
+        first, end = np.array([x.min(), y.min()]), np.array([x.max(), y.max()]) + 1
+        box = [float(n) for ends in (first, end) for n in ends * pictures[0].size / size]  # in the input
+        windows = (p.resize(tuple(end - first), Image.Resampling.BICUBIC, box) for p in pictures)
+        pixels = np.stack([np.asarray(window)[np.ix_(y - first[1], x - first[0])] for window in windows])
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2).to(device) / 127.5 - 1
 
     @lru_cache(maxsize=64 if steps > 1 else 1)  # a single step needs the tokens of a tile once
-    def tokens(k):  # number of a tile -> (1, N, enc_dim)
+    def tokens(k):  # number of a tile -> (n, N, enc_dim)
         return vosr.semantic_tokens(crop(*places[k], h, w)).float()
 
-    def encode(top, left, h, w):  # -> (C, h, w)
-        part = None if draw is None else draw[..., top:top + h, left:left + w]
-        return vosr.encode(crop(top, left, h, w), part)[0]
+    def encode(top, left, h, w):  # -> (n, C, h, w)
+        part = None if drawn is False else drawn[..., top:top + h, left:left + w]
+        return vosr.encode(crop(top, left, h, w), part)
 
     def semantics(some):  # numbers of tiles
         with torch.autocast(device.type, half, enabled=half is not None):
@@ -293,61 +265,85 @@ def restore(enlarged, vosr, tile, batch, steps, seed, name, cfg_scale, alpha, co
         bar.update(len(z))
         return v
 
-    def finite(x):
-        if not x.isfinite().all():
-            raise FloatingPointError("the result is not finite")
-        return x
-
     def latent(top, left, h, w):
         return z[..., top:top + h, left:left + w]
 
-    def paint(top, left, h, w):  # -> grey levels (3, 8h, 8w)
-        image = finite(vosr.decode(latent(top, left, h, w)))[0] * 0.5 + 0.5
-        if color != "wavelet":
-            return 255 * image.clamp(0, 1)
-        return 255 * wavelet(image.clamp(0, 1), crop(top, left, h, w)[0] * 0.5 + 0.5)
+    def paint(top, left, h, w):  # -> grey levels (n, 3, 8h, 8w)
+        images = (vosr.decode(latent(top, left, h, w)) * 0.5 + 0.5).clamp(0, 1)
+        if not images.isfinite().all():
+            raise FloatingPointError("the result is not finite")
+        if color == "wavelet":
+            references = crop(top, left, h, w) * 0.5 + 0.5
+            images = torch.stack([wavelet(*pair) for pair in zip(images, references, strict=True)])
+        return 255 * images
 
     def spread(cut):  # 16 windows all over the picture, so that flat margins count as they should
         ys, xs = (np.linspace(0, n - min(24, n), 4).astype(int).tolist() for n in (height, width))
         return torch.cat([cut(y, x, min(24, height), min(24, width)) for y in ys for x in xs])
 
     with shared_norms(vosr.vae, places[1:] and (lambda: vosr.encode(spread(crop)))):
-        c_str = torch.cat([band for _, band in assemble(encode, height, width, tile)], dim=1)[None]
+        c_str = torch.cat([band for _, band in assemble(encode, height, width, tile)], dim=-2)
     cfg_scale = vosr.defaults["cfg_scale"] if vosr.one_step or cfg_scale is None else cfg_scale
-    total = steps * len(places) * (1 if cfg_scale in (None, 1) else 2)
+    total = steps * len(places) * len(pictures) * (1 if cfg_scale in (None, 1) else 2)
     with tqdm(total=total, disable=None if progress else True, leave=False) as bar:
         kept = cache(semantics) if steps > 1 and len(places) <= KEPT_TILES else semantics
         field, c_sem = (tiled(net, places, h, w, kept, batch), []) if places[1:] else (net, semantics([0]))
         noise *= vosr.tau * (1 - fidelity)
-        z = finite(euler(field, noise, c_str, c_sem, time_grid(steps), alpha, cfg_scale))
+        z = euler(field, noise, c_str, c_sem, time_grid(steps), alpha, cfg_scale)
     del c_str, noise  # a large picture may need their place
-    picture = Image.new("RGB", enlarged.size)
+    results = [Image.new("RGB", size) for _ in pictures]
     with shared_norms(vosr.vae, places[1:] and (lambda: vosr.decode(spread(latent)))):
         for top, band in assemble(paint, height, width, tile):
-            levels = band.add_(0.5).clamp_(0, 255).byte().permute(1, 2, 0).cpu().contiguous()  # half up
-            picture.paste(Image.fromarray(levels.numpy()), (0, top))
-    return adain_picture(picture, enlarged) if color == "adain" else picture
+            levels = band.add_(0.5).clamp_(0, 255).byte().permute(0, 2, 3, 1).cpu().contiguous()  # half up
+            for result, part in zip(results, levels.numpy(), strict=True):
+                result.paste(Image.fromarray(part), (0, top))
+    if color == "adain":
+        for k, picture in enumerate(pictures):
+            levels = adain(results[k], picture.resize(size, Image.Resampling.BICUBIC)) * 255 + 0.5
+            results[k] = results[k].point(levels.int().flatten().tolist())
+    return results
 
 
-def retry(enlarged, vosr, tile, name, options):
-    """restore, and again in fp32 if a value is not finite, with less at a time if memory is short."""
-    batch = 4 if next(vosr.parameters()).is_cuda else 1
-    while True:
+def free_memory(device):
+    """Bytes; plenty where it is not known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    about = Path("/proc/meminfo").read_text() if sys.platform == "linux" else "MemAvailable: 999999999999"
+    return 1024 * int(re.search(r"MemAvailable: *(\d+)", about)[1])
+
+
+def retry(pictures, size, names, vosr, tile, options):
+    """restore all, with as much at a time as free memory holds; again in fp32 if a value is not finite.
+
+    On a CPU one tile at a time: more are not faster, and a picture is the same, alone or among others.
+    """
+    device, side, bundle, done = next(vosr.parameters()).device, min(tile or max(size), max(size)), vosr, []
+    need = side**2 * (1_000 if vosr.dit.cfg.ae_type == "tiny" else 7_000)  # bytes, at the peak
+    tiles = free_memory(device) / need
+    batch = min(8, max(1, int(tiles / 2))) if device.type == "cuda" else 1
+    if tiles < 1 and side > 128:
+        tile = max(128, int(side * tiles**0.5))
+        print(f"{names[0]}: little memory is free, --tile {tile}", file=sys.stderr)
+    while len(done) < len(pictures):
+        alone = tile and max(size) > tile // GRID * GRID
+        some = slice(len(done), len(done) + (1 if alone else batch))
         try:
-            return restore(enlarged, vosr, tile, batch, *options)
+            done += restore(pictures[some], size, names[some], bundle, tile, batch, *options)
+            bundle = vosr
         except FloatingPointError as reason:
-            if vosr.half is None:
+            if bundle.half is None:
                 raise
-            print(f"{name}: {reason} in {vosr.half}, computed again in fp32", file=sys.stderr)
-            vosr = in_fp32(vosr)
+            print(f"{names[some]}: {reason} in {vosr.half}, computed again in fp32", file=sys.stderr)
+            bundle = in_fp32(vosr)
         except (MemoryError, RuntimeError) as reason:
             if isinstance(reason, RuntimeError) and not re.search("out of mem|allocate mem", str(reason)):
                 raise
-            tile = min(tile or max(enlarged.size), max(enlarged.size))
+            tile = min(tile or max(size), max(size))
             if tile <= 128 and batch == 1:
                 raise MemoryError("out of memory") from None
             tile, batch = (tile, batch // 2) if batch > 1 else (max(128, tile // 2), 1)
-            print(f"{name}: out of memory, again with --tile {tile}, {batch} at a time", file=sys.stderr)
+            print(f"{names[0]}: out of memory, again with --tile {tile}, {batch} at a time", file=sys.stderr)
+    return done
 
 
 def passes(size, wanted):
@@ -364,24 +360,31 @@ def upscale(image, vosr, scale=4, steps=0, seed=42, name="image", cfg_scale=None
             color="wavelet", fidelity=0.0, posterior="mode", size=None, progress=False):
     """Picture -> picture of round(scale * side) pixels, or of size = (width, height); any side from 1.
 
-    image: PIL, or a tensor (3, H, W) in [0, 1]; the result is of the same kind. vosr comes from `load`, the
-    options are those of the command line. Beyond x4 it takes several passes. (seed, name) decide the noise;
-    sampling starts from tau (1 - fidelity) noise, where tau is the model's own; cfg_scale (None: the model's
-    own) and alpha act in multi-step models only (Eq. 2). Transparency is enlarged by bicubic.
+    image: PIL, or a tensor (3, H, W) in [0, 1], or a list of them, all of one size, with a list of names; the
+    result is of the same kind. vosr comes from `load`, the options are those of the command line. Beyond x4
+    it takes several passes. (seed, name) decide the noise; sampling starts from tau (1 - fidelity) noise,
+    where tau is the model's own; cfg_scale (None: the model's own) and alpha act in multi-step models only
+    (Eq. 2). Transparency is enlarged by bicubic. Raises ValueError.
     """
-    rgb, opacity, grey, icc, notes = split_picture(to_pillow(image) if torch.is_tensor(image) else image)
-    size = tuple(size or (max(1, round(scale * side)) for side in rgb.size))
-    steps = steps or vosr.defaults["steps"]
-    options = (steps, seed, name, cfg_scale, alpha, color, fidelity, posterior, progress)
-    for part in passes(rgb.size, size):
-        rgb = retry(rgb.resize(part, Image.Resampling.BICUBIC), vosr, tile, name, options)
-    if torch.is_tensor(image):
-        return torch.from_numpy(np.array(rgb)).permute(2, 0, 1) / 255
-    picture = rgb.convert("L") if grey else rgb
-    if opacity:
-        picture.putalpha(opacity.resize(size, Image.Resampling.BICUBIC))
-    picture.info = dict(icc_profile=icc, notes=notes)
-    return picture
+    images, names = (image, name) if isinstance(image, list) else ([image], [name])
+    if color not in COLORS or any(torch.is_tensor(i) and i.shape[:-2] != (3,) for i in images):
+        raise ValueError(f"upscale takes PIL or (3, H, W), color {', '.join(COLORS)}; got {color!r}")
+    parts = [data.split_picture(data.to_pillow(i) if torch.is_tensor(i) else i) for i in images]
+    pictures, results = [part.rgb for part in parts], []
+    if len({p.size for p in pictures}) > 1 or len(names) != len(images):
+        raise ValueError("pictures that are enlarged together have one size, and a name each")
+    size = tuple(size or (max(1, round(scale * side)) for side in pictures[0].size))
+    options = (steps or vosr.defaults["steps"], seed, cfg_scale, alpha, color, fidelity, posterior, progress)
+    for wanted in passes(pictures[0].size, size):
+        pictures = retry(pictures, wanted, names, vosr, tile, options)
+    for rgb, part, given in zip(pictures, parts, images, strict=True):
+        result = rgb.convert("L") if part.grey else rgb
+        if part.alpha:
+            result.putalpha(part.alpha.resize(size, Image.Resampling.BICUBIC))
+        result.info = dict(icc_profile=part.icc, notes=part.notes)
+        tensor = torch.is_tensor(given)
+        results.append(torch.from_numpy(np.array(rgb)).permute(2, 0, 1) / 255 if tensor else result)
+    return results if isinstance(image, list) else results[0]
 
 
 # ---------------------------------------------------------------- models
@@ -393,16 +396,17 @@ def ready(vosr, args=None, half=None, device="auto", source=None):
     """
     vosr.args, vosr.half, vosr.source = args or {}, half, source
     vosr.one_step = vosr.dit.cfg.auxiliary_time_cond or vosr.args.get("distill_type") == "onestep"
-    vosr.tau, vosr.defaults = float(vosr.args.get("tau") or 1), ONE_STEP if vosr.one_step else MULTI_STEP
+    vosr.tau, ae_type = float(vosr.args.get("tau") or 1), vosr.dit.cfg.ae_type
+    vosr.defaults = next(row for row in DEFAULTS.values()
+                         if row["ae_type"] == ae_type and (row["steps"] == 1) == vosr.one_step)
     return vosr.eval().requires_grad_(False).to(choose_device(device))
 
 
+@lru_cache(maxsize=1)
 def in_fp32(vosr):
     """The same bundle in fp32; weights that were rounded on loading are read again."""
     dit, device = load_dit(vosr.source) if vosr.source else vosr.dit, next(vosr.parameters()).device
-    exact = ready(VOSR(dit, vosr.vae, vosr.semantic_encoder), vosr.args, None, str(device), vosr.source)
-    exact.defaults = vosr.defaults
-    return exact
+    return ready(VOSR(dit, vosr.vae, vosr.semantic_encoder), vosr.args, None, str(device), vosr.source)
 
 
 def find_model(model, steps, weights):
@@ -410,14 +414,10 @@ def find_model(model, steps, weights):
     name = model if f"{model}-ms" not in DEFAULTS else f"{model}-os" if steps <= 4 else f"{model}-ms"
     if name in DEFAULTS:
         return Path(weights, DEFAULTS[name]["folder"]), name
-    last = Path(model, "last")  # of a training run: names its newest checkpoint
-    folder = model_folder(last if last.is_file() else model)
-    try:
-        find_settings(folder)
-    except ValueError:
+    if not Path(model).exists():
         raise ValueError(f"unknown model {model!r}: {', '.join(FAMILIES)}, or with -ms or -os at the end, "
-                         "or a folder that holds args.json and weights") from None
-    return folder, ""
+                         "or a folder that holds args.json and weights")
+    return Path(model), ""
 
 
 AROUND = {  # files of the networks around a published DiT, below the weights folder
@@ -438,29 +438,26 @@ def published_files(model):
 
 def require(files, weights, model):
     """Raises ValueError that names all files which are not in the weights folder, and how to get them."""
-    def places(file):  # a DiT may lie where find_weights looks for it
-        subs = ("checkpoints", "clean_weights", ".") if "ema_model" in file else ("checkpoints",)
-        return [Path(weights, file.replace("checkpoints", sub)) for sub in subs]
+    def there(file):  # a DiT may lie where find_weights looks for it
+        subs = ("checkpoints", "clean_weights", ".")
+        return any(Path(weights, file.replace("checkpoints/ema", f"{s}/ema")).is_file() for s in subs)
 
-    if missing := [str(Path(weights, f)) for f in files if not any(p.is_file() for p in places(f))]:
+    if missing := [str(Path(weights, file)) for file in files if not there(file)]:
         elsewhere = "" if str(weights) == "weights" else f" --weights {weights}"
         raise ValueError(f"missing: {', '.join(missing)}; `python tools/download.py {model}{elsewhere}` gets "
                          f"them; or put them there by hand, they have the same names at {HUB}")
 
 
 def load(model="tiny", steps=1, weights="weights", dtype="auto", device="auto"):
-    """Family, network or folder -> VOSR, ready to sample. Raises ValueError that lists all missing files.
-
-    steps chooses between the two networks of a family. A run folder of train.py or distill.py works, too.
-    """
+    """Family, network or folder, also of a run -> VOSR, ready to sample; steps choose one of a family's two
+    networks. Raises ValueError that lists all missing files."""
     folder, name = find_model(model, steps, weights)
-    if name:
-        require(published_files(name), weights, name)
-    args, row = read_json(find_settings(folder)), DEFAULTS.get(name, {})
+    require(published_files(name) if name else (), weights, name)
+    (path, args), row = read_settings(folder), DEFAULTS.get(name, {})
     half = HALF[dtype if dtype != "auto" else "fp16" if choose_device(device).type == "cuda" else "fp32"]
     ae_type, wanted = args.get("ae_type"), [row["ae_type"]] if row else list(FROZEN)
     if ae_type not in wanted:
-        raise ValueError(f"{find_settings(folder)} has ae_type {ae_type!r}, not {' or '.join(wanted)}")
+        raise ValueError(f"{path} has ae_type {ae_type!r}, not {' or '.join(wanted)}")
     require(AROUND.get(ae_type, ()), weights, "0.5B" if ae_type == "sd2" else "2.0")
     dit = load_dit(folder, half)
     around = load_frozen(dit.cfg, weights, None if name else folder, light=True)
@@ -468,14 +465,13 @@ def load(model="tiny", steps=1, weights="weights", dtype="auto", device="auto"):
     if name and (vosr.one_step, dit.cfg.auxiliary_time_cond) != (row["steps"] == 1, name.endswith("-os")):
         raise ValueError(f"{folder} holds a {'one' if vosr.one_step else 'multi'}-step network, "
                          f"{name} is of the other kind")
-    vosr.defaults = row or vosr.defaults
     return vosr
 
 
 # ---------------------------------------------------------------- command line
 def check(cfg):
     """Wrong values end here, before anything is loaded."""
-    for name, known in (("color", ("wavelet", "adain", "none")), ("posterior", ("mode", "sample")),
+    for name, known in (("color", COLORS), ("posterior", ("mode", "sample")),
                         ("dtype", ("auto", *HALF)), ("ext", ("png", "jpg", "webp", "tif"))):
         if getattr(cfg, name) not in known:
             die(f"--{name} is one of {', '.join(known)}, got {getattr(cfg, name)!r}")
@@ -487,7 +483,7 @@ def check(cfg):
         die(f"--size wants WIDTHxHEIGHT such as 1920x1080, got {cfg.size!r}")
     if (cfg.scale != 4) + bool(cfg.size) + bool(cfg.long) > 1:
         die("--scale, --size and --long exclude each other")
-    if Path(cfg.out).suffix.lower() in SUFFIXES or Path(cfg.out).is_file():
+    if Path(cfg.out).suffix.lower() in data.SUFFIXES or Path(cfg.out).is_file():
         die(f"--out wants a folder, got {cfg.out}")
     if not cfg.inputs:
         die("no input: name pictures or folders, as in python sample.py input.png; --help lists the options")
@@ -501,10 +497,7 @@ def plan(cfg):
     for word in map(Path, itertools.chain(*words)):
         found = [word] if word.exists() or len(cfg.inputs) > 1 else die(f"{word} does not exist")
         if word.is_dir():
-            found = sorted(p for p in word.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()
-                           and not any(part.startswith(".") for part in p.relative_to(word).parts))
-            if not found:
-                die(f"{word} holds no pictures ({', '.join(sorted(SUFFIXES))})")
+            found = data.pictures_in(word) or die(f"{word} holds no pictures ({', '.join(data.SUFFIXES)})")
         for p in found:
             inside = p.relative_to(word).parent if word.is_dir() else ""
             folder = Path(cfg.out, inside) if cfg.out else p.parent
@@ -521,54 +514,49 @@ def plan(cfg):
     return list(jobs.values())
 
 
-def peak_memory(device):
-    """Largest memory in GB: of this picture on a GPU, of the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    if sys.platform == "win32":  # has no resource module
-        return math.nan
-    import resource
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
-def run(source, target, vosr, cfg):
-    """One picture, from file to file; prints its line."""
-    start, device = time.perf_counter(), next(vosr.parameters()).device
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    image = open_picture(source, cfg.max_pixels)
-    size = tuple(map(int, cfg.size.split("x"))) if cfg.size else None
-    if (cfg.long and cfg.long < max(image.size)) or (size and any(map(int.__lt__, size, image.size))):
-        raise ValueError(f"{source} is {image.width}x{image.height}: {cfg.size or cfg.long} would shrink it")
+def opened(source, target, cfg):
+    """-> (source, target, picture, size of the output). ValueError, before any work, if it cannot be made."""
+    image = data.open_picture(source, cfg.max_pixels)
     scale = cfg.long / max(image.size) if cfg.long else cfg.scale
-    picture = upscale(image, vosr, scale, cfg.steps, cfg.seed, source.name, cfg.cfg_scale, cfg.alpha,
-                      cfg.tile, cfg.color, cfg.fidelity, cfg.posterior, size, progress=True)
-    for note in picture.info["notes"]:
-        print(f"{source}: {note}")
-    rgb, opacity, grey, icc, _ = split_picture(picture)
-    save_picture(target, rgb, opacity, grey, None if cfg.strip else icc)
-    print(f"{source}  {image.width}x{image.height} -> {picture.width}x{picture.height}  "
-          f"{cfg.steps} step{'s' * (cfg.steps > 1)}  {time.perf_counter() - start:.2f} s  "
-          f"{peak_memory(device):.2f} GB  {target}", flush=True)
+    size = tuple(map(int, cfg.size.split("x")) if cfg.size else (round(scale * n) or 1 for n in image.size))
+    if any(map(int.__lt__, size, image.size)):
+        raise ValueError(f"{source} is {image.width}x{image.height}: {cfg.size or cfg.long} would shrink it")
+    data.check_format(target, size)
+    return source, target, image, size
+
+
+def run(jobs, vosr, cfg):
+    """Pictures of one size, from files to files; prints a line for each and takes it off the list `jobs`."""
+    start, names, images = time.perf_counter(), [job[0].name for job in jobs], [job[2] for job in jobs]
+    pictures = upscale(images, vosr, None, cfg.steps, cfg.seed, names, cfg.cfg_scale, cfg.alpha, cfg.tile,
+                       cfg.color, cfg.fidelity, cfg.posterior, jobs[0][3], progress=True)
+    seconds = (time.perf_counter() - start) / len(jobs)
+    for picture in pictures:
+        source, target, image, _ = jobs[0]
+        for note in picture.info["notes"]:
+            print(f"{source}: {note}")
+        rgb, opacity, grey, icc, _ = data.split_picture(picture)
+        data.save_picture(target, rgb, opacity, grey, None if cfg.strip else icc)
+        print(f"{source}  {image.width}x{image.height} -> {picture.width}x{picture.height}  "
+              f"{cfg.steps} step{'s' * (cfg.steps > 1)}  {seconds:.2f} s  {target}", flush=True)
+        del jobs[0]
 
 
 def main():
     cfg = cli(Config)
     check(cfg)
     jobs = plan(cfg)
-    _, name = find_model(cfg.model, cfg.steps, cfg.weights)
-    require(published_files(name) if name else (), cfg.weights, name)
     todo = [(s, t) for s, t in jobs if cfg.overwrite or not (t.is_file() and t.stat().st_size)]
     if len(todo) < len(jobs):
         print(f"{len(jobs) - len(todo)} of {len(jobs)} outputs exist, by any model; --overwrite redoes them")
     for folder in {target.parent for source, target in todo if source.exists()}:
+        if not folder.resolve().is_relative_to(Path(cfg.out or folder).resolve()):  # by a link in it
+            die(f"{folder} leads out of {cfg.out}")
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            TemporaryFile(dir=folder).close()
         except OSError as reason:
-            die(f"{folder} cannot be made: {reason.strerror}")
-        if not os.access(folder, os.W_OK):
-            die(f"{folder} is not writable; name another folder with -o")
+            die(f"{folder} is not writable ({reason.strerror}); name another folder with -o")
     if not todo:
         return
     torch.backends.cudnn.allow_tf32 = cfg.dtype != "fp32"  # PyTorch's default rounds convolutions to 10 bits
@@ -580,16 +568,29 @@ def main():
         cfg.cfg_scale = vosr.defaults["cfg_scale"]
     elif vosr.one_step:
         print("--cfg_scale changes nothing: a one-step network has it built in; try --fidelity")
-    failed = []
-    for source, target in todo:
+    failed, batch = [], 8 if next(vosr.parameters()).is_cuda else 1
+
+    @contextmanager
+    def others_go_on(group):
         try:
-            run(source, target, vosr, cfg)
+            yield
         except (ValueError, OSError, FloatingPointError, MemoryError) as reason:
-            reason = str(reason) if str(source) in str(reason) else f"{source}: {reason}"
+            sources = [str(source) for source, *_ in group]
+            reason = str(reason) if sources[0] in str(reason) else f"{', '.join(sources)}: {reason}"
             if len(jobs) == 1:
                 die(reason)
             print("error:", reason, file=sys.stderr)
-            failed.append(str(source))
+            failed.extend(sources)
+
+    def pictures():
+        for job in todo:
+            with others_go_on([job]):
+                yield opened(*job, cfg)
+
+    for (_, size), alike in itertools.groupby(pictures(), key=lambda job: (job[2].size, job[3])):
+        while group := list(itertools.islice(alike, batch if max(size) <= cfg.tile else 1)):
+            with others_go_on(group):
+                run(group, vosr, cfg)
     if failed:
         print(f"error: {len(failed)} of {len(jobs)} failed: {', '.join(failed)}", file=sys.stderr)
         sys.exit(1)

@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from config import cli, launch, show
-from data import Crops, crop, degrade, describe, keyed_generator, open_source, write_image, write_whole
+from data import Crops, degrade, describe, keyed_generator, open_source, write_image, write_whole
 from model import (
     GRID,
     LATENT_CHANNELS,
@@ -387,7 +387,7 @@ def frozen(cfg, device):
 def preview_pairs(cfg, device, count=4):
     """The first photos of the source, degraded: hr, lr (count, 3, R, R) in [-1, 1]."""
     source = open_source(cfg.data)
-    hr = torch.stack([crop(source, i, cfg.resolution, cfg.seed) for i in range(count)]).to(device) / 255
+    hr = torch.stack([Crops(source, cfg.resolution, cfg.seed)[i] for i in range(count)]).to(device) / 255
     return hr * 2 - 1, degraded(hr, cfg, "preview") * 2 - 1
 
 

@@ -15,16 +15,17 @@ import sys
 from collections import namedtuple
 from functools import partial
 from pathlib import Path
-from unittest import mock
 
+import numpy as np
 import torch
-import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs as a script from anywhere
 
-import data
+import parity_degradation
+
 import distill
 import model
 import sample
@@ -204,15 +205,30 @@ def truncated(image):
     return (image * 255).byte().permute(1, 2, 0)
 
 
+def adain(image, reference):
+    """sample.adain tells what becomes of each of the 256 levels of a channel; uint8 (H, W, 3)."""
+    levels = sample.adain(*(Image.fromarray(x.numpy()) for x in (image, reference)))
+    return (levels * 255).byte()[torch.arange(3), image.long()]
+
+
+def wavelet(image, reference):
+    """A reference of another size is brought to that of the image by Lanczos."""
+    picture = Image.fromarray(reference.numpy()).resize(image.shape[1::-1], Image.Resampling.LANCZOS)
+    reference = torch.from_numpy(np.array(picture))
+    return truncated(sample.wavelet(planar(image), planar(reference)))
+
+
 def color(fix, case):
-    return {"image": truncated(fix(planar(case.inputs["image"]), planar(case.inputs["reference"])))}
+    return {"image": fix(case.inputs["image"], case.inputs["reference"])}
 
 
 def preprocess(case):
     """One picture from file to file, around stand-ins for the networks of VAE and vision encoder."""
-    config, settings, (h, w, _) = case.config, case.config["sampler"], case.inputs["lr"].shape
-    upscaled = data.enlarge(planar(case.inputs["lr"]), h * config["upscale"], w * config["upscale"])
-    vae_input, heard = upscaled[None] * 2 - 1, []
+    config, settings = case.config, case.config["sampler"]
+    picture = Image.fromarray(case.inputs["lr"].numpy())
+    picture = picture.resize([n * config["upscale"] for n in picture.size], Image.Resampling.BICUBIC)
+    upscaled = torch.from_numpy(np.array(picture))
+    vae_input, heard = planar(upscaled)[None] * 2 - 1, []
     vae = (model.QwenVAE(config["latents_mean"], config["latents_std"], base_dim=4)
            if "latents_mean" in config else
            model.AutoencoderKL((32,), scaling_factor=config["scaling_factor"]))
@@ -223,96 +239,12 @@ def preprocess(case):
     z = sample.euler(load_dit(case), case.inputs["noise"], c_str, case.inputs["z"], times, settings["alpha"],
                      settings["guidance"])
     plain = truncated(vae.decode(z)[0].clamp(-1, 1) * 0.5 + 0.5)
-    return dict(upscaled=(upscaled * 255).round().byte().permute(1, 2, 0), vae_input=vae_input,
-                venc_input=see(vae_input, config["dinov2_size"]), lq_latent=c_str, decoder_input=heard,
-                image_nofix=plain, image_adain=truncated(sample.adain(planar(plain), upscaled)),
-                image_wavelet=truncated(sample.wavelet(planar(plain), upscaled)))
+    return dict(upscaled=upscaled, vae_input=vae_input, venc_input=see(vae_input, config["dinov2_size"]),
+                lq_latent=c_str, decoder_input=heard, image_nofix=plain, image_adain=adain(plain, upscaled),
+                image_wavelet=wavelet(plain, upscaled))
 
 
-# ---------------------------------------------------------------- degradation
-def kernel(case):
-    kernels = [data.blur_kernel(case.config["kernel"], **{n: v[i].item() for n, v in case.inputs.items()})
-               for i in range(len(case.inputs["size"]))]
-    return {"kernel": torch.stack([F.pad(k, [(21 - len(k)) // 2] * 4) for k in kernels])}
-
-
-def jpeg(case):
-    with mock.patch.object(data, "quantise", wraps=data.quantise) as watched:
-        image = data.jpeg(case.inputs["img"], case.inputs["quality"])
-    return {"img": image, "factor": [call.args[2] for call in watched.call_args_list]}
-
-
-STRENGTH, FIELD = dict(gaussian="sigma", poisson="scale"), dict(gaussian="randn", poisson="counts")
-
-
-def stored_field(inputs, prefix, kind, flag):
-    """The stored noise of the samples whose gray flag is `flag`; a field (h, w) serves all of them."""
-    field = inputs[f"{prefix}{FIELD[kind]}{'_gray' * flag}"]
-    return field if field.dim() == 2 else field[(inputs[f"{prefix}gray"] > 0) == flag]
-
-
-def noisy(image, inputs, prefix, kind):
-    gray, out = inputs[f"{prefix}gray"] > 0, image.clone()
-    for flag in set(gray.tolist()):
-        some, field = gray == flag, stored_field(inputs, prefix, kind, flag)
-        strength = inputs[prefix + STRENGTH[kind]][some]
-        out[some] = (data.gaussian_noise(image[some], strength, field) if kind == "gaussian" else
-                     data.poisson_noise(image[some], strength, lambda rate, counts=field: counts, flag))
-    return out
-
-
-def noise_poisson(case):
-    got = {"img": noisy(case.inputs["img"], case.inputs, "", "poisson")}
-    for tail, image in (("", case.inputs["img"]), ("_gray", data.luma(case.inputs["img"]))):
-        q, v = data.poisson_base(image)
-        got |= {f"vals{tail}": v.flatten(), f"unique{tail}": torch.tensor([len(x.unique()) for x in q])}
-    return got
-
-
-def resize(case):
-    """Alone and in a batch of two, which takes another way through data.resize."""
-    image = case.inputs["img"]
-    return {name: [data.resize(torch.cat([image] * n), [draw] * n)[0][:1] for n in (1, 2)]
-            for name, draw in case.config.items()}
-
-
-def pipeline(case):
-    """Each operation on the stored output of the one before it, then all in one go with the stored draws."""
-    config, inputs, names = case.config, case.inputs, case.config["ops"]
-    kernels, hr = {"blur1": "kernel1", "blur2": "kernel2", "sinc": "sinc_kernel"}, inputs["hr"] / 255
-
-    def operation(name, x):
-        if name in kernels:
-            return data.blur(x, inputs[kernels[name]].expand(len(x), -1, -1))
-        if name.startswith("resize"):
-            return data.resize(x, [config[name]] * len(x))[0]
-        if name.startswith("jpeg"):
-            return data.jpeg(x, inputs[f"{name}_quality"])
-        return noisy(x, inputs, f"{name}_", config[name]["kind"])
-
-    before = [hr, *(case.outputs[name] for name in names[:-1])]
-    got = {name: operation(name, x) for name, x in zip(names, before, strict=True)}
-    whole = data.degrade_with(hr, *stored_draws(config, inputs))
-    return got | {"lq": data.round_levels(got[names[-1]]) * 255, "chain": whole * 255}
-
-
-def stored_draws(config, inputs):
-    """Arguments draws, randn, poisson with which data.degrade_with repeats a pipeline."""
-    jpeg2 = "jpeg2_late" if config["ops"].index("jpeg2") > config["ops"].index("resize_lr") else "jpeg2_early"
-    shared = {name: config[name] for name in config if name.startswith("resize")}
-    shared |= {"kernel1": inputs["kernel1"], "sinc": inputs["sinc_kernel"]}
-    shared |= {"kernel2": inputs["kernel2"]} if config["second_blur"] else {}
-    qualities = zip(inputs["jpeg1_quality"].tolist(), inputs["jpeg2_quality"].tolist(), strict=True)
-    draws, fields = [shared | {"jpeg1": first, jpeg2: second} for first, second in qualities], []
-    for name, kind in ((name, config[name]["kind"]) for name in ("noise1", "noise2")):
-        strengths, flags = (inputs[f"{name}_{what}"].tolist() for what in (STRENGTH[kind], "gray"))
-        for draw, strength, flag in zip(draws, strengths, flags, strict=True):
-            draw[name] = dict(kind=kind, strength=strength, gray=bool(flag))
-        fields += [stored_field(inputs, f"{name}_", kind, bool(flag)) for flag in sorted(set(flags))]
-    stored = iter(fields)  # in the order in which they are asked for
-    return draws, lambda shape: next(stored), lambda rate: next(stored)
-
-
+# ---------------------------------------------------------------- all of them
 DATA_ONLY = ("weights", "images")  # kinds that other cases refer to
 KINDS = dict(
     dit=dit, dinov2=dinov2, light_decoder=light_decoder, qwen_vae2d=partial(autoencoder, "qwen"),
@@ -321,11 +253,8 @@ KINDS = dict(
     loss_multistep=loss_multistep, loss_rc=partial(distillation, distill.rc_loss),
     loss_shortcut=partial(distillation, distill.shortcut_loss),
     sampler_multistep=sampler, sampler_onestep=sampler, sampler_tiled=sampler_tiled, preprocess=preprocess,
-    color_adain=partial(color, sample.adain), color_wavelet=partial(color, sample.wavelet),
-    kernel=kernel, resize=resize, jpeg=jpeg, noise_poisson=noise_poisson, pipeline=pipeline,
-    noise_gaussian=lambda case: {"img": noisy(case.inputs["img"], case.inputs, "", "gaussian")},
-    filter2d=lambda case: {"img": data.blur(case.inputs["img"], case.inputs["kernel"])},
-    clamp_round=lambda case: {"x": data.round_levels(case.inputs["x"])})
+    color_adain=partial(color, adain), color_wavelet=partial(color, wavelet),
+    **parity_degradation.KINDS)
 
 
 # ---------------------------------------------------------------- criteria

@@ -50,12 +50,6 @@ def test_what_is_not_an_image_is_named_in_one_line(tmp_path, content):
         data.read_image(tmp_path / "x.png")
 
 
-def test_enlarging_is_pillow_bicubic():
-    image = picture(1, 3, 12, 9)[0]
-    wanted = data.to_pillow(image).resize((36, 48), Image.Resampling.BICUBIC)
-    assert torch.equal(data.enlarge(image, 48, 36), torch.from_numpy(np.array(wanted)).permute(2, 0, 1) / 255)
-
-
 def test_the_same_key_gives_the_same_numbers_and_another_key_others():
     a, b, c = (torch.rand(4, generator=data.keyed_generator("cpu", 1, name)) for name in "xxy")
     assert torch.equal(a, b) and not torch.equal(a, c)
@@ -189,9 +183,9 @@ def test_crops_are_a_function_of_seed_and_index_and_an_epoch_shows_every_picture
     whole = {save(tmp_path / f"{n}.png", (16, 16), n).numpy().tobytes() for n in range(7)}
     source = data.open_source(tmp_path)
     for epoch in (0, 7):
-        assert {data.crop(source, epoch + n, 16, 0).numpy().tobytes() for n in range(7)} == whole
-    crops = [data.crop(source, n, 8, 0) for n in range(9)]
-    again = [data.crop(data.open_source(tmp_path), n, 8, 0) for n in reversed(range(9))]
+        assert {data.Crops(source, 16, 0)[epoch + n].numpy().tobytes() for n in range(7)} == whole
+    crops = [data.Crops(source, 8, 0)[n] for n in range(9)]
+    again = [data.Crops(data.open_source(tmp_path), 8, 0)[n] for n in reversed(range(9))]
     assert all(torch.equal(a, b) for a, b in zip(crops, reversed(again), strict=True))
     assert crops[0].shape == (3, 8, 8) and crops[0].dtype == torch.uint8
 
@@ -202,11 +196,11 @@ def test_unreadable_and_small_pictures_are_replaced_and_counted(tmp_path, capsys
     save(tmp_path / "small.png", (7, 40))
     (tmp_path / "broken.png").write_bytes(b"text")
     source = data.open_source(tmp_path)
-    assert all(data.crop(source, n, 12, 0).shape == (3, 12, 12) for n in range(24))
+    assert all(data.Crops(source, 12, 0)[n].shape == (3, 12, 12) for n in range(24))
     assert len(source.small) == len(source.bad) == 1
     assert capsys.readouterr().out.count("unreadable: ") == 1
     with pytest.raises(ValueError, match="7 pictures are smaller than 99 px, 1 cannot be read, none is left"):
-        data.crop(source, 0, 99, 0)
+        data.Crops(source, 99, 0)[0]
 
 
 def test_too_many_unreadable_pictures_stop_the_run(tmp_path):
@@ -216,14 +210,14 @@ def test_too_many_unreadable_pictures_stop_the_run(tmp_path):
     source = data.open_source(tmp_path)
     with pytest.raises(ValueError, match="2 of 4 cannot be read"):
         for n in range(8):
-            data.crop(source, n, 8, 0)
+            data.Crops(source, 8, 0)[n]
 
 
 def test_procedural_pictures_follow_the_key_and_have_the_spectrum_of_photographs():
     """Power falls by 2 to 2.8 octaves per octave of frequency: amplitude about 1 / f."""
     source, window = data.open_source("procedural"), torch.hann_window(128)
-    crops = torch.stack([data.crop(source, n, 128, 0) for n in range(24)])
-    assert torch.equal(crops[3], data.crop(source, 3, 128, 0)) and not torch.equal(crops[3], crops[4])
+    crops = torch.stack([data.Crops(source, 128, 0)[n] for n in range(24)])
+    assert torch.equal(crops[3], data.Crops(source, 128, 0)[3]) and not torch.equal(crops[3], crops[4])
     grey = crops.float().mean(dim=1)
     grey = grey - grey.mean(dim=(1, 2), keepdim=True)
     power = torch.fft.fft2(grey * window * window[:, None]).abs().square()

@@ -16,7 +16,8 @@ from data import dead_leaves, keyed_generator
 from model import VOSR, AutoencoderKL, ModelConfig
 from sample import load, passes, ready, shared_norms, tile_layout, upscale
 
-weights, student, published = test_sample.weights, test_sample.student, test_published.weights  # fixtures
+weights, student, teacher = test_sample.weights, test_sample.student, test_sample.teacher  # fixtures
+published = test_published.weights
 ROOT = Path(__file__).parent.parent
 
 
@@ -98,11 +99,11 @@ def test_threads_do_not_change_the_picture(student):
 def test_memory_that_runs_out_is_met_with_smaller_tiles(student, monkeypatch, capsys):
     seen, enough = [], 128
 
-    def scarce(enlarged, vosr, tile, batch, *options):
+    def scarce(pictures, size, names, vosr, tile, batch, *options):
         seen.append(tile)
         if tile > enough:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
-        return enlarged
+        return [Image.new("RGB", size)]
 
     monkeypatch.setattr(sample, "restore", scarce)
     assert upscale(picture(70, 70), student, name="a.png").size == (280, 280) and seen == [512, 140, 128]
@@ -110,6 +111,63 @@ def test_memory_that_runs_out_is_met_with_smaller_tiles(student, monkeypatch, ca
     enough = 0
     with pytest.raises(MemoryError):
         upscale(picture(70, 70), student)
+
+
+def test_a_list_of_pictures_equals_single_pictures_bit_for_bit(student):
+    clear = picture(40, 24, "RGBA", 4)
+    images = [picture(40, 24), clear, clear.convert("L"), clear.rotate(180)]
+    together = upscale(images, student, name=["a", "b", "c", "d"], scale=2)
+    for image, name, result in zip(images, "abcd", together, strict=True):
+        alone = upscale(image, student, name=name, scale=2)
+        assert result.mode == alone.mode and np.array_equal(result, alone)
+    with pytest.raises(ValueError, match="one size, and a name each"):
+        upscale([images[0], picture(8, 8)], student, name=["a", "b"])
+
+
+@pytest.mark.parametrize("color", ["wavelet", "adain"])
+def test_pictures_that_share_a_pass_of_the_networks_come_out_the_same(student, teacher, color):
+    """As on a GPU; sums over a batch may round in another order."""
+    images, size, names = [picture(20, 12), picture(20, 12).rotate(180)], (80, 48), ["a", "b"]
+    for vosr, steps, posterior in ((student, 1, "mode"), (teacher, 3, "mode"), (student, 2, "sample")):
+        options = (vosr, 512, 4, steps, 42, 0.5, 0.1, color, 0.0, posterior, False)
+        both = sample.restore(images, size, names, *options)
+        for image, name, result in zip(images, names, both, strict=True):
+            alone, = sample.restore([image], size, [name], *options)
+            assert abs(np.asarray(result, int) - np.asarray(alone, int)).max() <= 1
+
+
+@pytest.mark.parametrize("size, wanted", [((70, 50), (280, 200)), ((37, 90), (101, 333)), ((60,) * 2,) * 2])
+def test_windows_of_the_enlarged_input_are_cut_from_the_whole(stub, monkeypatch, size, wanted):
+    """Each tile enlarges its own part of the input; pixels are those of the picture enlarged as a whole."""
+    seen, image = [], picture(*size)
+    monkeypatch.setattr(stub.vae, "encode", lambda x, noise=None: seen.append(x) or Stub.encode(None, x))
+    upscale(image, stub, size=wanted, tile=64, color="none")
+    whole = np.asarray(image.resize(wanted, Image.Resampling.BICUBIC), int)
+    rows, cols = (-(-side // 16) * 16 - side for side in wanted[::-1])
+    whole = np.pad(whole, ((0, rows), (0, cols), (0, 0)), mode="reflect")
+    places = itertools.product(*(tile_layout(n // 8, 32, 16) for n in whole.shape[:2]))
+    windows = [np.rint((x[0].permute(1, 2, 0).numpy() + 1) * 127.5).astype(int) for x in seen]
+    for (top, left), window in zip(places, windows, strict=True):
+        cut = whole[8 * top:8 * top + window.shape[0], 8 * left:8 * left + window.shape[1]]
+        assert abs(window - cut).max() <= 1 and (window != cut).mean() < 0.001
+
+
+def test_tiles_get_smaller_when_little_memory_is_free(student, monkeypatch, capsys):
+    seen, restore = [], sample.restore
+    monkeypatch.setattr(sample, "restore", lambda p, s, n, v, tile, *rest: seen.append(tile) or restore(
+        p, s, n, v, tile, *rest))
+    for free in (1e9, 70e6, 1e6):
+        monkeypatch.setattr(sample, "free_memory", lambda device, free=free: free)
+        upscale(picture(130, 130), student, name="a.png")
+    assert seen == [512, 264, 128]
+    assert capsys.readouterr().err.count("little memory is free, --tile") == 2
+
+
+def test_wrong_arguments_of_the_library_are_named(student):
+    for image, options in ((torch.zeros(4, 8, 8), {}), (torch.zeros(8, 8), {}),
+                           (picture(8, 8), dict(color="blue"))):
+        with pytest.raises(ValueError, match=r"\(3, H, W\)"):
+            upscale(image, student, **options)
 
 
 def steps_at(image, borders):

@@ -141,6 +141,28 @@ def test_row_19_an_output_folder_that_cannot_be_is_found_before_the_work(command
     assert code == 2 and "file/out" in err and err.count("\n") == 1
 
 
+def test_outputs_never_leave_the_chosen_folder(command, tmp_path):
+    """Not by the way in which an input is named, not by a link that is there already."""
+    (tmp_path / "in/deep").mkdir(parents=True)
+    (tmp_path / "out").mkdir()
+    picture(8, 8).save(tmp_path / "in/a.png")
+    (tmp_path / "victim.png").write_bytes(b"kept")
+    (tmp_path / "out/a_x4.png").symlink_to(tmp_path / "victim.png")
+    assert command("in/deep/../a.png", "--overwrite", "-o", "out")[0] == 0
+    assert (tmp_path / "victim.png").read_bytes() == b"kept" and not (tmp_path / "out/a_x4.png").is_symlink()
+    picture(8, 8).save(tmp_path / "in/deep/b.png")
+    (tmp_path / "out/deep").symlink_to(tmp_path)
+    code, _, err = command("in", "-o", "out")
+    assert code == 2 and "leads out of out" in err and not (tmp_path / "b_x4.png").exists()
+
+
+def test_a_side_that_the_format_cannot_hold_is_refused_before_the_work(command, tmp_path, monkeypatch):
+    picture(8, 8).save(tmp_path / "a.png")
+    monkeypatch.setattr(sample, "restore", None)
+    code, _, err = command("--ext", "webp", "--size", "16384x8", "a.png")
+    assert code == 2 and "16383" in err and "PNG" in err
+
+
 def png_header(width, height):
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
