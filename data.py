@@ -6,27 +6,30 @@
 Pixels are float32 in [0, 1] except where uint8 is written. The degradation is Real-ESRGAN's two stages of
 blur, resize, noise and JPEG as VOSR uses them, but each sample has its own draws, not each batch.
 """
+import bisect
+import cmath
 import functools
 import hashlib
 import io
 import itertools
+import json
 import math
 import os
 import re
+import runpy
 import shutil
 import struct
+import tarfile
 import threading
 from collections import namedtuple
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
-
-from config import cli, die
+from tqdm import tqdm
 
 # ---------------------------------------------------------------- settings
 # Pairs are ranges of uniform draws; rows of `kernels` and `resize` are (value, share of samples).
@@ -56,16 +59,6 @@ DEGRADATIONS = {  # sinc: share of samples with a final sinc filter; back: how L
 }
 
 
-@dataclass
-class Config:
-    out: str = "contact_sheet.png"  # the picture that `show` writes
-    rows: int = 8  # samples on it
-    resolution: int = 128  # side of the HR crop in pixels
-    degradation: str = "full+mild"  # full, mild, or full+mild: half of each, as tiny is trained
-    seed: int = 0  # same seed, same sheet
-    inputs: tuple = ()  # show SOURCE
-
-
 # ---------------------------------------------------------------- image files
 MAX_PIXELS = 200_000_000  # larger pictures are refused by their header
 LONGEST_SIDE = {".jpg": 65500, ".jpeg": 65500, ".webp": 16383}  # that the encoders can write
@@ -88,12 +81,12 @@ def is_deep(image):
     return image.mode.startswith("I")
 
 
-def open_picture(path, max_pixels=MAX_PIXELS):
-    """Image file -> PIL image: first frame, decoded, upright. ValueError with a line that names the file."""
+def open_picture(path, max_pixels=MAX_PIXELS, content=None):
+    """Image file, or its content -> PIL image: first frame, decoded, upright. ValueError names the file."""
     with reading:  # Pillow's own limit is a global, and too low: it warns at 89 million pixels
         known, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
-            with Image.open(path) as picture:
+            with Image.open(path if content is None else io.BytesIO(content)) as picture:
                 width, height = picture.size
                 if width * height <= max_pixels:
                     Image.MAX_IMAGE_PIXELS = max_pixels  # for formats that hold pictures of other formats
@@ -117,8 +110,7 @@ def split_picture(image):
     """PIL image of any mode -> Picture, upright, 8 bits per channel. ValueError for pixels of unknown range.
 
     rgb: RGB, may be `image` itself; alpha: L, or None; grey: whether it had no colours; icc: its profile if
-    that describes RGB, or grey pixels; notes: for the user, what else was done to it.
-    """
+    that describes RGB, or grey pixels; notes: for the user, what else was done to it."""
     frames, packing = getattr(image, "stored", (1, str(getattr(image, "tile", ""))))
     deep, icc = is_deep(image), image.info.get("icc_profile")
     notes = [f"first of {frames} frames"] if frames > 1 else []
@@ -148,26 +140,18 @@ def split_picture(image):
 
 def on_white(rgb, alpha):
     """RGB picture seen through alpha, L or None, on white paper."""
-    if alpha is None:
-        return rgb
-    paper = Image.new("RGB", rgb.size, "white")
-    paper.paste(rgb, mask=alpha)
-    return paper
+    return rgb if alpha is None else Image.composite(rgb, Image.new("RGB", rgb.size, "white"), alpha)
 
 
-def decode(path, keep_16_bits=True):
-    """Image file -> (H, W, 3), upright, alpha on white: uint8, or uint16 for 16-bit grey. ValueError."""
-    picture = open_picture(path)
-    if keep_16_bits and is_deep(picture):
-        return np.repeat(np.asarray(picture).astype(np.uint16)[..., None], 3, axis=2)
-    return np.array(on_white(*split_picture(picture)[:2]))
+def read_levels(path, content=None):
+    """Image file, or its content -> uint8 (3, H, W): upright, alpha on white, grey repeated."""
+    rgb, alpha, *_ = split_picture(open_picture(path, content=content))
+    return torch.from_numpy(np.array(on_white(rgb, alpha))).permute(2, 0, 1)
 
 
 def read_image(path):
-    """Image file -> (3, H, W) float32 in [0, 1]: upright, alpha on white, grey repeated, 16 bits kept."""
-    pixels = decode(path)
-    image = torch.from_numpy(pixels.astype(np.float32) / np.iinfo(pixels.dtype).max)
-    return image.permute(2, 0, 1).contiguous()
+    """The same as float32 (3, H, W) in [0, 1]."""
+    return read_levels(path).contiguous() / 255
 
 
 def to_pillow(image):
@@ -178,8 +162,7 @@ def to_pillow(image):
 
 def write_whole(path, write):
     """write(hidden) makes a file or folder beside `path`, flushed and renamed: nobody sees half of it."""
-    path = Path(path)
-    hidden = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    hidden = (path := Path(path)).with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         write(hidden)
         for part in hidden.iterdir() if hidden.is_dir() else [hidden]:
@@ -194,16 +177,18 @@ def write_whole(path, write):
 
 
 def check_format(path, size):
-    """ValueError if the format of path cannot hold a picture of `size`."""
+    """-> suffix of the path, in small letters. ValueError if its format cannot hold a picture of `size`."""
     suffix = Path(path).suffix.lower()
     if max(size) > (longest := LONGEST_SIDE.get(suffix, math.inf)):
         raise ValueError(f"{path}: {max(size)} px a side, {suffix} has {longest} at most; PNG has more")
+    return suffix
 
 
-def save_picture(path, rgb, alpha=None, grey=False, icc=None):
-    """Write RGB, as L if grey, with alpha (L; JPEG: on white), in the format of the extension. ValueError."""
-    check_format(path, rgb.size)
-    suffix = Path(path).suffix.lower()
+def write_image(path, image, alpha=None, grey=False, icc=None):
+    """Write RGB, or (3, H, W) in [0, 1], as L if grey, with alpha (L; JPEG: on white), in the format of the
+    extension. ValueError."""
+    rgb = to_pillow(image) if torch.is_tensor(image) else image
+    suffix = check_format(path, rgb.size)
     if suffix in (".jpg", ".jpeg"):
         rgb, alpha = on_white(rgb, alpha), None
     picture = rgb.convert("L") if grey else rgb
@@ -214,20 +199,21 @@ def save_picture(path, rgb, alpha=None, grey=False, icc=None):
     write_whole(path, lambda hidden: picture.save(hidden, icc_profile=icc, quality=95, subsampling="4:4:4"))
 
 
-def write_image(path, image):
-    """Write (3, H, W) float in [0, 1]; the extension decides the format."""
-    save_picture(path, to_pillow(image))
-
-
 # ---------------------------------------------------------------- operations of the degradation
 # Samples of a batch may differ in size: b fills the upper left sizes[b] = (h, w) of the canvas (B, 3, H, W),
 # what lies outside is never read. sizes = None: all fill it.
+
+def on(device, values):
+    """List or tensor -> tensor on the device; the processor does not wait for a GPU."""
+    values = torch.as_tensor(values)
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+
 
 def outside(image, sizes):
     """Mask (B, 1, H, W) of the pixels that belong to no sample; None if there are none."""
     if sizes is None or all(size == tuple(image.shape[-2:]) for size in sizes):
         return None
-    extent = torch.tensor(sizes, device=image.device)  # (B, 2)
+    extent = on(image.device, sizes)  # (B, 2)
     row, column = (torch.arange(n, device=image.device) for n in image.shape[-2:])
     return ((row >= extent[:, :1])[:, :, None] | (column >= extent[:, 1:])[:, None, :])[:, None]
 
@@ -237,15 +223,12 @@ def blur_kernel(kind, size, sigma_x=1.0, sigma_y=1.0, theta=0.0, beta=1.0, cutof
 
     Kinds: iso exp(-d^2 / 2), generalized_iso exp(-d^(2 beta) / 2), plateau_iso 1 / (1 + d^(2 beta)), all with
     sigma_x alone; with aniso for iso, along axes turned by theta. sinc: the circular low-pass
-    w J1(w r) / (2 pi r), w = cutoff in radians per pixel.
-    """
+    w J1(w r) / (2 pi r), w = cutoff in radians per pixel."""
     x = np.arange(size) - (size - 1) / 2
     y = x[:, None]
     if kind == "sinc":
-        centre, r = (size // 2, size // 2), np.hypot(x, y)
-        r[centre] = 1  # anything but 0; the limit is put in below
-        kernel = cutoff * torch.special.bessel_j1(torch.from_numpy(cutoff * r)).numpy() / (2 * math.pi * r)
-        kernel[centre] = cutoff**2 / (4 * math.pi)
+        r = torch.from_numpy(np.hypot(x, y)).clamp(min=1e-9)  # the limit at 0 to all digits
+        kernel = (cutoff * torch.special.bessel_j1(cutoff * r) / (2 * math.pi * r)).numpy()
     else:
         if not kind.endswith("aniso"):
             sigma_y, theta = sigma_x, 0.0
@@ -260,16 +243,15 @@ def blur_kernel(kind, size, sigma_x=1.0, sigma_y=1.0, theta=0.0, beta=1.0, cutof
 @functools.lru_cache(maxsize=4096)
 def fast_length(n):
     """Smallest 2^a 3^b 5^c that is at least n: the FFT is fast there."""
-    odd = [3**b * 5**c for b in range(8) for c in range(6)]
+    odd = (3**b * 5**c for b in range(8) for c in range(6))
     return min(m * 2 ** max(0, math.ceil(math.log2(n / m))) for m in odd)
 
 
 def reflect(image, pad, sizes):
     """Reflect each sample at its edges (edge not repeated) -> (B, 3, H + 2 pad, W + 2 pad)."""
     for dim in (2, 3):  # where pad exceeds a side the reflection repeats: every size from 1 px works
-        n = image.shape[dim]
-        period = torch.tensor([max(2 * size[dim - 2] - 2, 1) for size in sizes], device=image.device)[:, None]
-        index = torch.arange(-pad, n + pad, device=image.device) % period  # (B, n + 2 pad)
+        period = on(image.device, [max(2 * size[dim - 2] - 2, 1) for size in sizes])[:, None]
+        index = torch.arange(-pad, image.shape[dim] + pad, device=image.device) % period  # (B, n + 2 pad)
         index = torch.minimum(index, period - index)
         index = index[:, None, :, None] if dim == 2 else index[:, None, None]
         image = image.gather(dim, index.expand(*image.shape[:dim], -1, *image.shape[dim + 1 :]))
@@ -278,7 +260,7 @@ def reflect(image, pad, sizes):
 
 def blur(image, kernels, sizes=None):
     """Cross-correlation of image (B, 3, H, W) with kernels (B, k, k), one per sample; reflecting edges."""
-    (B, C, H, W), k, kernels = image.shape, kernels.shape[-1], kernels.to(image.device)
+    (B, C, H, W), k, kernels = image.shape, kernels.shape[-1], on(image.device, kernels)
     padded = reflect(image, k // 2, sizes or [(H, W)])
     if k <= 7 and not image.is_cuda:  # below about 9 x 9 the direct sum is faster than the FFT
         weight, planes = kernels.repeat_interleave(C, dim=0)[:, None], padded.flatten(0, 1)[None]
@@ -288,61 +270,37 @@ def blur(image, kernels, sizes=None):
     return torch.fft.irfft2(spectrum, s=shape)[..., :H, :W].contiguous()
 
 
-def resize_matrix(mode, n_in, n_out, step, shape, device):
-    """Matrices (B, *shape) that resize one axis from n_in to n_out pixels, (B,) each, not antialiased."""
-    i = torch.arange(shape[0])
-    if mode == "area":  # mean of all pixels that the output pixel touches
-        first = (i * n_in[:, None] // n_out[:, None]).to(device)[..., None]
-        end = (((i + 1) * n_in[:, None] - 1) // n_out[:, None] + 1).to(device)[..., None]
-        j = torch.arange(shape[1], device=device)
-        return ((j >= first) & (j < end)) / (end - first).float()
-    if mode == "bilinear":  # PyTorch copies an axis that keeps its length, whatever the factor
-        step = torch.where(n_in == n_out, 1.0, step)
-    position = ((i + 0.5) * step[:, None].double() - 0.5).float()  # (B, rows), rounded once as by PyTorch
-    if mode == "bilinear":
-        position = position.clamp(min=0)
-        t = position - position.floor()
-        taps, weights = (0, 1), (1 - t, t)
-    else:  # bicubic, a = -0.75
-        a, t = -0.75, position - position.floor()
-        near = [((a + 2) * s - (a + 3)) * s * s + 1 for s in (t, 1 - t)]
-        far = [((a * s - 5 * a) * s + 8 * a) * s - 4 * a for s in (t + 1, 2 - t)]
-        taps, weights = (-1, 0, 1, 2), (far[0], *near, far[1])
-    index = position.floor().long()[..., None] + torch.tensor(taps)
-    index = index.clamp(min=0).minimum(n_in[:, None, None] - 1)
-    matrix = torch.zeros(len(n_in), *shape, device=device)
-    return matrix.scatter_add_(2, index.to(device), torch.stack(weights, dim=-1).to(device))
+def axis_matrix(n, axis, draw, device):
+    """Matrix (n', n) that resizes an axis of n pixels as PyTorch does a picture; `draw` as for resize."""
+    wanted = draw["size"][axis] if "size" in draw else math.floor(n * draw["scale_factor"])
+    if draw["mode"] == "area":  # mean of all pixels that the new one touches
+        old, new = torch.arange(n, device=device), torch.arange(wanted, device=device)[:, None]
+        touched = (old >= new * n // wanted) & (old <= ((new + 1) * n - 1) // wanted)
+        return touched / touched.sum(dim=1, keepdim=True)
+    unit = torch.eye(n, device=device)[None, None]
+    call = dict(size=(wanted, n)) if "size" in draw else dict(scale_factor=(draw["scale_factor"], 1.0))
+    return F.interpolate(unit, **call, mode=draw["mode"])[0, 0]  # what becomes of the unit matrix
 
 
 def resize(image, draws, sizes=None):
     """Resize each sample as PyTorch's interpolate does (align_corners False) -> image and its new sizes.
 
     A draw is dict(mode, size=(h, w)), or dict(mode, scale_factor), whose grid follows the factor itself and
-    not the rounded size, or None, which keeps the sample.
-    """
-    sizes = sizes or [tuple(image.shape[-2:])] * len(image)
-    targets, steps, modes = [], [], ["area" if draw is None else draw["mode"] for draw in draws]
-    for draw, size in zip(draws, sizes, strict=True):
-        if draw and "scale_factor" in draw:
-            targets.append(tuple(math.floor(n * draw["scale_factor"]) for n in size))
-            steps.append([1 / draw["scale_factor"]] * 2)
-        else:
-            targets.append(tuple(draw["size"]) if draw else size)
-            steps.append([n / m for n, m in zip(size, targets[-1], strict=True)])
-    if targets == sizes and all(step == [1, 1] for step in steps):
+    not the rounded size, or None, which keeps the sample."""
+    sizes, targets = sizes or [tuple(image.shape[-2:])] * len(image), []
+    pairs = [(d or dict(mode="area", size=s), s) for d, s in zip(draws, sizes, strict=True)]
+    if all(d.get("scale_factor", 1) == 1 and d.get("size", s) == s for d, s in pairs):
         return image, sizes
-    if len(image) == 1 and modes[0] != "area":
-        call = {name: draws[0][name] for name in ("size", "scale_factor") if name in draws[0]}
-        return F.interpolate(image, **call, mode=modes[0]), targets  # faster than a matrix, except for areas
-    n_in, n_out, steps = torch.tensor(sizes), torch.tensor(targets), torch.tensor(steps)
+    if len(image) == 1 and pairs[0][0]["mode"] != "area" and pairs[0][0].get("scale_factor", 2) < 1:
+        image = F.interpolate(image, scale_factor=pairs[0][0]["scale_factor"], mode=pairs[0][0]["mode"])
+        return image, [tuple(image.shape[-2:])]  # faster than matrices where it gets smaller
     for axis, length in enumerate(image.shape[-2:]):
-        matrix = torch.empty(len(image), int(n_out[:, axis].max()), length, device=image.device)
-        for mode in sorted(set(modes)):
-            some = [b for b, m in enumerate(modes) if m == mode]
-            matrix[some] = resize_matrix(mode, n_in[some, axis], n_out[some, axis], steps[some, axis],
-                                         matrix.shape[1:], image.device)
+        parts = [axis_matrix(size[axis], axis, draw, image.device) for draw, size in pairs]
+        rows = max(map(len, parts))
+        matrix = torch.stack([F.pad(p, (0, length - p.shape[1], 0, rows - len(p))) for p in parts])
         image = matrix[:, None] @ image if axis == 0 else image @ matrix[:, None].mT
-    return image, targets
+        targets.append([len(part) for part in parts])
+    return image, list(zip(*targets, strict=True))
 
 
 def luma(image):
@@ -387,7 +345,7 @@ DCT = torch.from_numpy(np.kron(COSINES, COSINES)).float()  # (64, 64): row 8 u +
 def quantise(plane, table, factor):
     """Round the coefficients of the 8x8 DCT of plane (B, C, H, W) to multiples of table * factor (B,)."""
     B, C, H, W = plane.shape
-    dct, step = DCT.to(plane.device), table.to(plane.device).flatten() * factor.view(-1, 1, 1)
+    dct, step = on(plane.device, DCT), on(plane.device, table).flatten() * factor.view(-1, 1, 1)
     blocks = plane.reshape(B, C, H // 8, 8, W // 8, 8).transpose(3, 4).reshape(B, -1, 64)
     blocks = ((blocks @ dct.T) / step).round() * step @ dct
     return blocks.view(B, C, H // 8, W // 8, 8, 8).transpose(3, 4).reshape(B, C, H, W)
@@ -396,15 +354,15 @@ def quantise(plane, table, factor):
 def jpeg(image, quality, sizes=None):
     """JPEG with 4:2:0 chroma, quality (B,) of any floats; clamps its input, rounds only coefficients."""
     (H, W), beyond = image.shape[-2:], outside(image, sizes)
-    quality = torch.as_tensor(quality, device=image.device)
+    quality = on(image.device, quality)
     factor = torch.where(quality < 50, 5000 / quality, 200 - 2 * quality) / 100
     image = image.clamp(0, 1) if beyond is None else image.clamp(0, 1).masked_fill(beyond, 0)
     image = F.pad(image * 255, (0, -W % 16, 0, -H % 16))  # zeros: edge blocks ring, as in the original
-    planes = torch.einsum("ij,bjhw->bihw", TO_YCBCR.to(image.device), image)
+    planes = torch.einsum("ij,bjhw->bihw", on(image.device, TO_YCBCR), image)
     y = quantise(planes[:, :1] - 128, LUMA_TABLE, factor) + 128
     chroma = quantise(F.avg_pool2d(planes[:, 1:], 2), CHROMA_TABLE, factor)  # its offsets, +128 - 128, cancel
     chroma = chroma.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
-    image = torch.einsum("ij,bjhw->bihw", TO_RGB.to(image.device), torch.cat([y, chroma], dim=1))
+    image = torch.einsum("ij,bjhw->bihw", on(image.device, TO_RGB), torch.cat([y, chroma], dim=1))
     return (image[..., :H, :W] / 255).clamp(0, 1)
 
 
@@ -433,9 +391,12 @@ def draw_kernel(uniform, pick, kernels, sigma):
     return draw
 
 
-def draw_degradation(height, width, generator, settings, scale=4):
-    """All that is random for ONE sample, except the noise: plain values, the arguments of degrade_with."""
-    uniform, small = uniform_numbers(generator, 64), (height // scale, width // scale)
+def draw_degradation(height, width, generator, settings, scale=4, shared=None):
+    """All that is random for ONE sample, except the noise: plain values, the arguments of degrade_with.
+
+    shared: generator, left as it is, for all but strength and colour of noise and quality of JPEG."""
+    own, small = uniform_numbers(generator, 64), (height // scale, width // scale)
+    uniform = uniform_numbers(shared.clone_state(), 64) if shared else own
 
     def pick(values, shares=None):
         shares = shares or [1] * len(values)
@@ -454,10 +415,10 @@ def draw_degradation(height, width, generator, settings, scale=4):
             grid = dict(scale_factor=factor) if n == 1 else dict(size=size, factor=factor)
         draws[f"resize{n}"] = dict(mode=mode) | grid
         kind = "gaussian" if uniform() < stage["gaussian"] else "poisson"
-        strength = uniform(*stage["gaussian_sigma" if kind == "gaussian" else "poisson_scale"])
-        draws[f"noise{n}"] = dict(kind=kind, strength=strength, gray=uniform() < stage["gray"])
+        strength = own(*stage["gaussian_sigma" if kind == "gaussian" else "poisson_scale"])
+        draws[f"noise{n}"] = dict(kind=kind, strength=strength, gray=own() < stage["gray"])
         early = n == 2 and uniform() < 0.5  # last JPEG before the resize to LR, or after the final filter
-        draws["jpeg1" if n == 1 else "jpeg2_early" if early else "jpeg2_late"] = uniform(*stage["jpeg"])
+        draws["jpeg1" if n == 1 else "jpeg2_early" if early else "jpeg2_late"] = own(*stage["jpeg"])
     if len(settings["stages"]) > 1:
         draws["resize_lr"] = dict(size=small, mode=pick(stage["modes"]))
     if uniform() < settings["sinc"]:
@@ -466,25 +427,25 @@ def draw_degradation(height, width, generator, settings, scale=4):
     return draws
 
 
-def draw_batch(count, height, width, generator, kind="full", scale=4):
-    """`count` independent draws. kind: a row of DEGRADATIONS; joined by +, each sample takes one of them."""
+def draw_batch(count, height, width, generator, kind="full", scale=4, per_batch=False):
+    """`count` draws. kind: a row of DEGRADATIONS; joined by +, each sample takes one of them.
+
+    per_batch: like the official loader; kernels, sizes, kind of noise, ... are drawn once for all samples."""
     if unknown := [name for name in kind.split("+") if name not in DEGRADATIONS]:
         raise ValueError(f"unknown degradation {unknown[0]!r}; {', '.join(DEGRADATIONS)} exist, + joins them")
     rows = [DEGRADATIONS[name] for name in kind.split("+")]
-    which = torch.randint(len(rows), (count,), generator=generator, device=generator.device).tolist()
-    return [draw_degradation(height, width, generator, rows[k], scale) for k in which]
+    which = torch.randint(len(rows), (count,), generator=generator).tolist()
+    shared, which = (generator.clone_state(), which[:1] * count) if per_batch else (None, which)
+    return [draw_degradation(height, width, generator, rows[k], scale, shared) for k in which]
 
 
 def operate(image, sizes, values, op):
     """op(images, values, sizes) on the samples whose value is not None; the others stay as they are."""
     members = [b for b, value in enumerate(values) if value is not None]
-    if not members:
-        return image
-    if len(members) == len(image):
-        return op(image, values, sizes)
-    image = image.clone()
-    image[members] = op(image[members], [values[b] for b in members], [sizes[b] for b in members])
-    return image
+    if len(members) in (0, len(image)):
+        return op(image, values, sizes) if members else image
+    rows = on(image.device, members)
+    return image.index_copy(0, rows, op(image[rows], *([v[b] for b in members] for v in (values, sizes))))
 
 
 def degrade_with(hr, draws, randn, poisson, enlarged=True):
@@ -492,19 +453,17 @@ def degrade_with(hr, draws, randn, poisson, enlarged=True):
 
     In order: kernel1, resize1, noise1, jpeg1, kernel2, resize2, noise2, jpeg2_early, resize_lr, sinc,
     jpeg2_late, resize_back; absent keys are skipped. A kernel may also be a tensor (k, k). The noise fields
-    come from randn(shape) and poisson(rate).
-    """
+    come from randn(shape) and poisson(rate)."""
     def values(key):
         return [draw.get(key) for draw in draws]
 
     def blurred(x, kernels, sizes):
         kernels = [kernel if torch.is_tensor(kernel) else blur_kernel(**kernel) for kernel in kernels]
         k = max(map(len, kernels))
-        kernels = [F.pad(kernel, [(k - len(kernel)) // 2] * 4) for kernel in kernels]
-        return blur(x, torch.stack(kernels), sizes)
+        return blur(x, torch.stack([F.pad(one, [(k - len(one)) // 2] * 4) for one in kernels]), sizes)
 
     def noisy(x, noises, sizes):
-        gray, strength = noises[0]["gray"], torch.tensor([n["strength"] for n in noises], device=x.device)
+        gray, strength = noises[0]["gray"], on(x.device, [noise["strength"] for noise in noises])
         if noises[0]["kind"] == "poisson":
             return poisson_noise(x, strength, poisson, gray, sizes)
         return gaussian_noise(x, strength, randn((len(x), 1 if gray else 3, *x.shape[-2:])))
@@ -526,34 +485,30 @@ def degrade_with(hr, draws, randn, poisson, enlarged=True):
 
 
 @torch.no_grad()
-def degrade(hr, generator, kind="full", enlarged=True, scale=4):
+def degrade(hr, generator, kind="full", enlarged=True, scale=4, per_batch=False):
     """LR for hr (B, 3, H, W) in [0, 1]: every sample with its own draws, rounded to 8 bits, in [0, 1].
 
     enlarged: LR enlarged back to (H, W), what the networks see; otherwise LR, (B, 3, H // scale, W // scale).
-    kind: see draw_batch. Random numbers come from the generator's device, so a CPU generator gives the same
-    draws everywhere. On a GPU, TF32 products may move the result by a level.
-    """
+    kind, per_batch: see draw_batch. generator: of the CPU; what it draws is the same on every device, only
+    the noise is a GPU's own, seeded by it. On a GPU, TF32 products may move the result by a level."""
     B, _, H, W = hr.shape
     if min(H, W) < 8:
         raise ValueError(f"an HR picture of {H} x {W} px is too small to degrade, both sides need 8 px")
-    draws = draw_batch(B, H, W, generator, kind, scale)
-
-    def randn(shape):
-        return torch.randn(shape, generator=generator, device=generator.device).to(hr.device)
-
-    def poisson(rate):
-        return torch.poisson(rate.to(generator.device), generator=generator).to(hr.device)
-
+    draws, noise = draw_batch(B, H, W, generator, kind, scale, per_batch), generator
+    if hr.is_cuda:
+        noise = torch.Generator(hr.device).manual_seed(int(torch.randint(2**62, (), generator=generator)))
+    fields = (lambda shape: torch.randn(shape, generator=noise, device=noise.device).to(hr.device),
+              lambda rate: torch.poisson(rate.to(noise.device), generator=noise).to(hr.device))
     # Sample by sample on a CPU, where no work is to be wasted; on a GPU few large calls, like sizes together.
-    chunk = 64 if hr.is_cuda else 1
+    chunk, threads = 64 if hr.is_cuda else 1, torch.get_num_threads()
     order = sorted(range(B), key=lambda b: draws[b]["resize1"].get("scale_factor", 0) if hr.is_cuda else b)
     lr = torch.empty(B, 3, *((H, W) if enlarged else (H // scale, W // scale)), device=hr.device)
-    threads = torch.get_num_threads()  # one sample is too little work to share: several threads are slower
-    torch.set_num_threads(threads if hr.is_cuda else 1)
+    torch.set_num_threads(threads if hr.is_cuda else 1)  # several are slower: a sample is too little to share
     try:
         with torch.autocast(hr.device.type, enabled=False):
             for members in (order[i : i + chunk] for i in range(0, B, chunk)):
-                lr[members] = degrade_with(hr[members], [draws[b] for b in members], randn, poisson, enlarged)
+                rows = on(hr.device, members)
+                lr[rows] = degrade_with(hr[rows], [draws[b] for b in members], *fields, enlarged)
     finally:
         torch.set_num_threads(threads)
     return lr
@@ -561,31 +516,104 @@ def degrade(hr, generator, kind="full", enlarged=True, scale=4):
 
 # ---------------------------------------------------------------- sources of training pictures
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".jp2", ".avif")
+MAX_BYTES = 2**28  # larger members of a tar are not read
+WINDOW = 16  # tars whose pictures are mixed at a time
 
 
-@functools.lru_cache(maxsize=4)
-def permutation(n, seed, epoch):
-    """The numbers 0 .. n - 1 in the order of one epoch."""
-    return torch.randperm(n, generator=keyed_generator("cpu", "permutation", seed, epoch)).tolist()
+def shuffled(i, n, *key):
+    """Element i of a permutation of range(n) that depends on `key`, without a list of n numbers: a Feistel
+    network permutes the numbers below a power of four; one that falls beyond n goes round again."""
+    half = max(1, (n - 1).bit_length() + 1 >> 1)
+    while True:
+        left, right = i >> half, i & (1 << half) - 1
+        for turn in range(4):
+            digest = hashlib.blake2b(repr((turn, right, *key)).encode(), digest_size=8).digest()
+            left, right = right, left ^ int.from_bytes(digest, "big") & (1 << half) - 1
+        if (i := left << half | right) < n:
+            return i
+
+
+def write_shard(path, members):
+    """Write (name, content) pairs as a tar in the WebDataset layout: same members, same bytes."""
+    def write(hidden):
+        with tarfile.open(hidden, "w") as tar:
+            for name, content in members:
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+
+    write_whole(path, write)
+
+
+@functools.lru_cache(maxsize=4 * WINDOW)
+def shard_members(path):
+    """(name, offset, size) of the pictures in a tar: plain files, looked at in place, never extracted."""
+    found = []
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for m in tar:
+                if m.isreg() and not m.issparse() and Path(m.name).suffix.lower() in SUFFIXES:
+                    found.append((m.name, m.offset_data, m.size))
+    except (tarfile.TarError, OSError) as reason:
+        print(f"{path} is damaged after {len(found)} pictures: {reason}", flush=True)
+    return found
 
 
 class Source:
-    """Numbered pictures: files, or endless ones made by dead_leaves if there are no `names`."""
+    """Pictures 0 ... count - 1, those of all `parts` in turn: (path, number of pictures) of a file, of a tar,
+    or of "procedural" ones. partners: LR file of each HR file, if they are pairs."""
 
-    def __init__(self, spec, names=()):
-        self.spec, self.names, self.bad, self.small = spec, names, set(), set()  # numbers that are of no use
-        self.limit = 0.01  # share of unreadable files above which training stops; one is always allowed
+    def __init__(self, spec, parts, partners):
+        self.spec, self.names, self.partners = str(spec), [name for name, _ in parts], partners
+        self.ends = list(itertools.accumulate(n for _, n in parts))
+        self.count, self.chunk = self.ends[-1], max((n for p, n in parts if p.endswith(".tar")), default=1)
+        self.bad, self.small, self.tried = set(), set(), 0  # numbers that are of no use; attempts
+        self.limit = 0.01  # share of unreadable pictures above which training stops; one is always allowed
 
-    def image(self, index, generator=None, side=256):
-        """Picture -> uint8 (3, H, W), or ValueError; a made one follows from generator and side alone."""
-        if not self.names:
+    def path(self, k):
+        """File that holds picture k, and its number there."""
+        part = bisect.bisect_right(self.ends, k)
+        return self.names[part], k - (self.ends[part - 1] if part else 0)
+
+    def image(self, k, generator=None, side=256):
+        """Picture k -> uint8 (3, H, W), or ValueError; a made one follows from generator and side alone."""
+        path, k = self.path(k)
+        if path == "procedural":
             return dead_leaves(generator, side)
-        return torch.from_numpy(decode(self.names[index], keep_16_bits=False)).permute(2, 0, 1)
+        if not path.endswith(".tar"):
+            return read_levels(path)
+        if k >= len(members := shard_members(path)):
+            raise ValueError(f"{path} has {len(members)} pictures, its index says more")
+        name, offset, size = members[k]
+        if size > MAX_BYTES:
+            raise ValueError(f"{path}/{name} has {size} bytes, at most {MAX_BYTES} are read")
+        with open(path, "rb") as file:
+            file.seek(offset)
+            return read_levels(f"{path}/{name}", file.read(size))
 
-    def choose(self, index, seed):
-        """Candidates for sample `index` of a run: its picture, then the next; a new order every epoch."""
-        n = len(self.names)
-        return (permutation(n, seed, i // n)[i % n] for i in range(index, index + n)) if n else [index]
+    def partner(self, k, size, side, box):
+        """`box` of HR picture k, of `size` (H, W), from its LR picture -> uint8 (side, side, 3); or None."""
+        if (path := self.partners.get(self.path(k)[0])) is None:
+            return None
+        lr = Image.fromarray(read_levels(path).permute(1, 2, 0).numpy())
+        across, down = lr.width / size[1], lr.height / size[0]
+        if abs(lr.height - across * size[0]) > 1:
+            raise ValueError(f"{path} is {lr.width}x{lr.height}, its HR {size[1]}x{size[0]}")
+        box = [n * f for n, f in zip(box, (across, down) * 2, strict=True)]
+        return torch.from_numpy(np.array(lr.resize((side, side), Image.Resampling.BICUBIC, box)))
+
+    def choose(self, i, seed):
+        """Candidates for sample i of a run: its picture, then the next. Every epoch has an order of its own:
+        chunks as large as a tar change places, and pictures within WINDOW of them, so few tars are in use."""
+        n, window = self.count, WINDOW * self.chunk
+        whole = n // self.chunk * self.chunk
+        for epoch, k in (divmod(j, n) for j in range(i, i + n)):
+            if k < whole:  # the rest of less than a chunk comes last, as it is
+                first = k // window * window
+                k = first + shuffled(k - first, min(window, whole - first), seed, epoch, first)
+                k = shuffled(k // self.chunk, n // self.chunk, seed, epoch) * self.chunk + k % self.chunk
+            if k not in self.bad and k not in self.small:
+                yield k
 
 
 def pictures_in(folder):
@@ -594,69 +622,87 @@ def pictures_in(folder):
                   and not any(part.startswith(".") for part in p.relative_to(folder).parts))
 
 
-def open_source(spec):
-    """"procedural", a folder with sub-folders, or a text file with a path per line. Raises ValueError."""
-    path, wanted = Path(spec), "give a folder, a list file, or procedural"
-    if str(spec) == "procedural":
-        return Source("procedural")
-    if path.is_dir():
+def find_pictures(path):
+    """Folder of pictures, of HR/ and LR/, or of tars; tar; text file of paths -> parts, partners of a Source.
+
+    A folder of tars is not listed if it has an index.json {file name: number of pictures}, see tools/pack.py;
+    else all headers are read, which takes a while for millions of pictures. ValueError."""
+    if (path / "index.json").is_file():
+        return [(str(path / tar), n) for tar, n in json.loads((path / "index.json").read_bytes()).items()], {}
+    partners, tars = {}, sorted(path.glob("*.tar")) or [path]
+    if tars[0].is_file() and tars[0].suffix == ".tar":
+        bar = tqdm(map(str, tars), desc="headers", total=len(tars), disable=None, leave=False)
+        return [(tar, n) for tar in bar if (n := len(shard_members(tar)))], {}
+    if (path / "HR").is_dir() and (path / "LR").is_dir():
+        high, low = ({p.stem: str(p) for p in pictures_in(path / side)} for side in ("HR", "LR"))
+        if odd := sorted(high.keys() ^ low.keys()):
+            raise ValueError(f"{path}: {odd[0]} is not in both HR and LR")
+        names, partners = high.values(), {high[stem]: low[stem] for stem in high}
+    elif path.is_dir():
         names = pictures_in(path)
     elif path.is_file():
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError:
-            raise ValueError(f"{spec} is not a text file; {wanted}") from None
-        names = [path.parent / line.strip() for line in lines if line.strip()]  # relative to the list
+        lines = path.read_bytes()
+        if b"\0" in lines:
+            raise ValueError(f"{path} is not a text file of paths")
+        names = [path.parent / name.strip() for name in lines.decode().splitlines() if name.strip()]
     else:
-        raise ValueError(f"{spec} does not exist; {wanted}")
-    if not names:
-        raise ValueError(f"{spec} holds no pictures; {', '.join(SUFFIXES)} are read, tar files are not")
-    return Source(str(spec), [str(name) for name in names])
+        raise ValueError(f"{path} does not exist; give a folder, a list file, a tar, or procedural")
+    return [(str(name), 1) for name in names], partners
+
+
+def open_source(spec):
+    """What find_pictures takes, or "procedural"; several with commas between -> Source. ValueError.
+    "photos:3,procedural:5000" shows each of the photos three times an epoch, beside 5000 made pictures."""
+    parts, partners = [], {}
+    for word in [str(spec)] if Path(spec).exists() else str(spec).split(","):
+        name, times = re.fullmatch(r"(.*?)(?::(\d+))?", word.strip()).groups()
+        found, pairs = ([(name, 1)], {}) if name == "procedural" else find_pictures(Path(name))
+        if not found:
+            raise ValueError(f"{name} holds no pictures; {', '.join(SUFFIXES)} are read, also in tar files")
+        parts += [(name, int(times or 2**40))] if name == "procedural" else found * int(times or 1)
+        partners |= pairs
+    return Source(spec, parts, partners)
 
 
 def describe(source):
     """A line to print at opening: number of pictures, smallest side (of 200 of them), first three names."""
-    if not source.names:
-        return "procedural pictures, endless"
     sides = []
     for name in source.names[:: max(1, len(source.names) // 200)]:
         with suppress(*BROKEN), Image.open(name) as picture:  # it is reported when its turn comes
             sides.append(min(picture.size))
-    smallest = f"smallest side {min(sides)} px" if sides else "none readable"
-    return f"{source.spec}: {len(source.names)} pictures, {smallest}: {', '.join(source.names[:3])}, ..."
+    return (f"{source.spec}: {source.count} {'pairs' if source.partners else 'pictures'}, smallest side "
+            f"{min(sides, default='?')} px: {', '.join(source.names[:3])}, ...")
 
 
 class Crops(torch.utils.data.Dataset):
-    """The crops of a run as numbered samples, uint8 (3, R, R): functions of seed, number and source alone.
+    """Samples of a run by number -> hr, lr, uint8 (3, R, R) each, and whether there is an lr; else it is hr.
 
-    So a run resumes with the next number, and any split of the numbers over ranks and workers gives the same
-    crops. The next picture stands in for one that cannot be read (reported) or is smaller than R (counted).
-    """
+    Functions of seed, number and source alone: a run resumes with the next number, and any split of them over
+    ranks and workers gives the same crops. The next picture stands in for one that cannot be read (reported)
+    or is smaller than R (counted)."""
 
     def __init__(self, source, resolution, seed):
         self.source, self.resolution, self.seed = source, resolution, seed
 
-    def __getitem__(self, index):
-        source, side = self.source, self.resolution
-        generator = keyed_generator("cpu", "crop", self.seed, index)
-        for candidate in source.choose(index, self.seed):
-            if candidate in source.small or candidate in source.bad:
-                continue
+    def __getitem__(self, number):
+        source, R, generator = self.source, self.resolution, keyed_generator("cpu", "crop", self.seed, number)
+        for k in source.choose(number, self.seed):
             try:
-                image = source.image(candidate, generator, side)
+                source.tried += 1
+                hr = source.image(k, generator, R)
+                if min(size := hr.shape[1:]) >= R:
+                    top, left = (int(torch.randint(n - R + 1, (), generator=generator)) for n in size)
+                    lr = source.partner(k, size, R, (left, top, left + R, top + R))
+                    hr = hr[:, top : top + R, left : left + R].contiguous()
+                    return hr, hr if lr is None else lr.permute(2, 0, 1), lr is not None
+                source.small.add(k)
             except ValueError as reason:
-                source.bad.add(candidate)
+                source.bad.add(k)
                 print(f"unreadable: {reason}", flush=True)
-                bad, n = len(source.bad), len(source.names)
-                if bad > max(1, source.limit * n):
-                    raise ValueError(f"{source.spec}: {bad} of {n} cannot be read, remove them") from None
-                continue
-            room = [n - side for n in image.shape[1:]]
-            if min(room) >= 0:
-                top, left = (int(torch.randint(n + 1, (), generator=generator)) for n in room)
-                return image[:, top : top + side, left : left + side].contiguous()
-            source.small.add(candidate)
-        raise ValueError(f"{source.spec}: {len(source.small)} pictures are smaller than {side} px, "
+                bad, seen = len(source.bad), min(source.count, max(source.tried, 2000))
+                if bad > max(1, source.limit * seen):
+                    raise ValueError(f"{source.spec}: {bad} of {seen} cannot be read, remove them") from None
+        raise ValueError(f"{source.spec}: {len(source.small)} pictures are smaller than {R} px, "
                          f"{len(source.bad)} cannot be read, none is left; lower --resolution")
 
 
@@ -664,87 +710,41 @@ class Crops(torch.utils.data.Dataset):
 font = functools.lru_cache(maxsize=128)(ImageFont.load_default)  # Pillow's own, by size
 
 
-def spectral_noise(side, slope, generator):
-    """(side, side) field of standard deviation 1 whose amplitude falls as 1 / frequency^slope."""
-    f = torch.hypot(torch.fft.fftfreq(side)[:, None], torch.fft.rfftfreq(side)[None])
-    f[0, 0] = 1.0
-    spectrum = torch.fft.rfft2(torch.randn(side, side, generator=generator)) / f**slope
-    field = torch.fft.irfft2(spectrum, s=(side, side))
-    return (field - field.mean()) / field.std()
-
-
 def dead_leaves(generator, side=256):
     """A picture that needs no download: shapes of every size that hide one another -> uint8 (3, side, side).
 
-    "Dead leaves" share the 1/f spectrum and the occlusion edges of photographs. Shapes are flat, textured,
-    shaded or striped; some are outlines, some text. Drawn at twice the side and halved: smooth edges.
-    """
+    "Dead leaves" share the 1/f spectrum and the occlusion edges of photographs. Blobs, polygons, strokes and
+    letters, flat or with a texture of equal power per octave; drawn at twice the side: smooth edges."""
     uniform, big = uniform_numbers(generator, 8192 + side * side // 8), 2 * side
-
-    def fills():  # one of the few inks of this picture; amounts of the three patterns, 128 = none
-        ink = inks[int(uniform(0, len(inks)))]
-        patterns = (128 + (uniform(-120, 120) if uniform() < share else 0) for share in (0.6, 0.6, 0.15))
-        return tuple(int(min(max(c + uniform(-25, 25), 0), 255)) for c in ink), tuple(map(int, patterns))
-
     tones = ((uniform(10, 245), 90 * uniform() ** 3) for _ in range(6))  # level, strength: mostly pale
     inks = [[level + uniform(-strength, strength) for _ in range(3)] for level, strength in tones]
-    pictures = [Image.new("RGB", (big, big), fill) for fill in fills()]  # the same shapes: colours, patterns
-    pens = [ImageDraw.Draw(picture) for picture in pictures]
-    radii = [1 / uniform(1 / big, 1 / 4) for _ in range(40 + big * big // 1500)]  # density r^-2
+
+    def fill():  # red, green, blue of one of the inks, and the amount of texture
+        ink = [*inks[int(uniform(0, 6))], uniform(-150, 230)]
+        return tuple(int(min(max(c + uniform(-25, 25), 0), 255)) for c in ink)
+
+    picture = Image.new("CMYK", (big, big), fill())  # a mode with four bands
+    pen, radii = ImageDraw.Draw(picture), [1 / uniform(1 / big, 1 / 4) for _ in range(40 + big * big // 1500)]
     for _, r in sorted(((r * uniform(0.3, 3), r) for r in radii), reverse=True):  # large ones mostly behind
-        x, y, kind, look = uniform(-r, big + r), uniform(-r, big + r), uniform(), fills()
-        letters = [chr(int(uniform(65, 91)) + 32 * (uniform() < 0.6)) for _ in range(int(uniform(1, 9)))]
-        # An ellipse, a rectangle, or a polygon without symmetry, turned.
+        x, y, kind, how = uniform(-r, big + r), uniform(-r, big + r), uniform(), uniform()
         corners = 8 + int(r**0.5) if kind < 0.4 else 4 if kind < 0.7 else int(uniform(3, 9))
-        flat, rough, turn, points = uniform(0.25, 1), 0.6 * (kind >= 0.7), uniform(0, 2 * math.pi), []
-        cos, sin = math.cos(turn), math.sin(turn)
-        for n in range(corners):
-            angle, radius = 2 * math.pi * (n + uniform(0, rough)) / corners, r * (1 - uniform(0, rough))
-            a, b = radius * math.cos(angle), flat * radius * math.sin(angle)
-            points.append((x + a * cos - b * sin, y + a * sin + b * cos))
-        how, width = uniform(), int(uniform(1, 2 + r / 8))
-        for pen, fill in zip(pens, look, strict=True):
-            if how < 0.06:
-                pen.text((x - r, y - r / 2), "".join(letters), fill, font(int(min(max(r, 12), 90))))
-            elif how < 0.2:
-                pen.line(points[: corners // 2 + 1], fill, width, joint="curve")
-            else:
-                pen.polygon(points, fill)
-    image, amount = (torch.from_numpy(np.array(p.reduce(2))).permute(2, 0, 1).float() for p in pictures)
-    texture, shade, stripe = (amount - 128) / 120  # (side, side) each, in [-1, 1]
-    across, turn = torch.linspace(-1, 1, side), uniform(0, math.pi)
-    waves = (across * math.cos(turn) + across[:, None] * math.sin(turn)) * uniform(0.05, 0.45) * side
-    image += 28 * texture * spectral_noise(side, uniform(0.4, 1.2), generator)
-    image += 25 * shade * spectral_noise(side, 2.0, generator)
-    image += 40 * stripe * torch.sin(waves + 2 * spectral_noise(side, 1.8, generator))
-    light = 1 + uniform(0, 0.4) * (across * uniform(-1, 1) + across[:, None] * uniform(-1, 1))
-    return (image * light + 0.5).clamp(0, 255).byte()
-
-
-# ---------------------------------------------------------------- the contact sheet
-def main(cfg):
-    """`show`: a row per sample, HR | LR enlarged | what was drawn."""
-    if len(cfg.inputs) != 2 or cfg.inputs[0] != "show":
-        die("usage: python data.py show SOURCE; SOURCE is a folder, a list file or procedural")
-    side = max(cfg.resolution, 256)
-    sheet = Image.new("RGB", (2 * side + 560, cfg.rows * (side + 4)), "white")
-    try:
-        source = open_source(cfg.inputs[1])
-        source.limit = 1.0  # a look at the data stops for no bad file
-        print(describe(source))
-        for row, top in enumerate(range(0, sheet.height, side + 4)):
-            hr, key = Crops(source, cfg.resolution, cfg.seed)[row][None] / 255, ("show", cfg.seed, row)
-            lr = degrade(hr, keyed_generator("cpu", *key), cfg.degradation)
-            draws = draw_batch(1, *hr.shape[2:], keyed_generator("cpu", *key), cfg.degradation)[0]  # again
-            for left, image in ((0, hr[0]), (side + 4, lr[0])):
-                sheet.paste(to_pillow(image).resize((side, side), Image.Resampling.NEAREST), (left, top))
-            text = re.sub(r"(\.\d\d)\d+|[{}']", r"\1", "\n".join(f"{k}: {v}" for k, v in draws.items()))
-            ImageDraw.Draw(sheet).text((2 * side + 16, top), text, "black", font(13))
-        sheet.save(cfg.out)
-    except (ValueError, OSError) as reason:
-        die(reason)
-    print(f"wrote {cfg.out}")
+        flat, rough, turn, points = uniform(0.25, 1), 0.6 * (kind >= 0.7), cmath.rect(1, uniform(0, 6.28)), []
+        for n in range(corners):  # of an ellipse, a rectangle, or a polygon without symmetry, turned
+            spoke = cmath.rect(1 - uniform(0, rough), 2 * math.pi * (n + uniform(0, rough)) / corners)
+            point = complex(x, y) + r * turn * complex(spoke.real, flat * spoke.imag)
+            points.append((point.real, point.imag))
+        if how < 0.06:
+            letters = "".join(chr(int(uniform(65, 91)) + 32 * (uniform() < 0.6)) for _ in range(corners))
+            pen.text((x - r, y - r / 2), letters, fill(), font(int(min(max(r, 12), 90))))
+        elif how < 0.2:
+            pen.line(points[: corners // 2 + 1], fill(), int(uniform(1, 2 + r / 8)), joint="curve")
+        else:
+            pen.polygon(points, fill())
+    image = torch.from_numpy(np.array(picture.reduce(2))).permute(2, 0, 1).float()
+    octaves = (torch.randn(1, 1, -(-side // 2**n), -(-side // 2**n), generator=generator) for n in range(6))
+    texture = sum(F.interpolate(octave, (side, side), mode="bicubic") for octave in octaves)[0]
+    return (image[:3] + 10 * image[3:] / 255 * texture + 0.5).clamp(0, 255).byte()
 
 
 if __name__ == "__main__":
-    main(cli(Config))
+    runpy.run_path(str(Path(__file__).with_name("tools") / "sheet.py"), run_name="__main__")

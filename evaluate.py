@@ -28,7 +28,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from config import cli, die
-from data import DEGRADATIONS, SUFFIXES, degrade, open_source, read_image, to_pillow, write_image
+from data import DEGRADATIONS, SUFFIXES, degrade, open_source, read_levels, write_image
 from model import find_weights
 from sample import HALF, find_model, load, upscale
 
@@ -349,7 +349,7 @@ def read_scores(path):
 # ---------------------------------------------------------------- protocols: which pictures, against what
 def read_pixels(path):
     """Image file -> uint8 (H, W, 3), by the one loader: upright, transparency on white, grey repeated."""
-    return np.asarray(to_pillow(read_image(path)))
+    return read_levels(path).permute(1, 2, 0).numpy()
 
 
 def by_stem(names):

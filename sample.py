@@ -536,7 +536,7 @@ def run(jobs, vosr, cfg):
         for note in picture.info["notes"]:
             print(f"{source}: {note}")
         rgb, opacity, grey, icc, _ = data.split_picture(picture)
-        data.save_picture(target, rgb, opacity, grey, None if cfg.strip else icc)
+        data.write_image(target, rgb, opacity, grey, None if cfg.strip else icc)
         print(f"{source}  {image.width}x{image.height} -> {picture.width}x{picture.height}  "
               f"{cfg.steps} step{'s' * (cfg.steps > 1)}  {seconds:.2f} s  {target}", flush=True)
         del jobs[0]

@@ -63,13 +63,14 @@ PRESETS = {
 @dataclass
 class Config(ModelConfig):
     preset: str = "tiny"  # row of PRESETS; an option overrides a single value of it
-    data: str = "procedural"  # folder of photos, text list of paths, or procedural
+    data: str = "procedural"  # folder, list of paths, tar or folder of tars, procedural; "a:3,b" mixes
     out: str = ""  # run folder; default out/PRESET
     weights: str = "weights"  # where the frozen autoencoder and semantic encoder are
     init: str = ""  # model folder whose weights start the run (the next stage, fine-tuning)
     export: str = ""  # when finished, also write the EMA weights into this family folder, half precision
     resolution: int = 128  # side of the HR crop in pixels
     degradation: str = "full+mild"  # full (Real-ESRGAN, as the paper), mild, or full+mild: half of each
+    per_batch: bool = False  # most of the degradation is drawn once per batch, as by the official loader
     cache: int = 1024  # crops degraded and encoded once and kept in memory; 0 = new ones every step
     num_workers: int = 0  # processes that read photos; 0 = in the training process
     train_batch_size: int = 16  # images over all ranks, per micro-batch
@@ -161,8 +162,7 @@ def place(name="auto"):
 
 def degraded(hr, cfg, *key):
     """hr (B, 3, R, R) in [0, 1] -> its enlarged LR; the draws follow from the seed and `key`."""
-    device = hr.device if hr.is_cuda else "cpu"  # Poisson draws do not exist on every device
-    return degrade(hr, keyed_generator(device, cfg.seed, *key), cfg.degradation)
+    return degrade(hr, keyed_generator("cpu", cfg.seed, *key), cfg.degradation, per_batch=cfg.per_batch)
 
 
 def batches(cfg, prepare, start, rank, world, device):
@@ -180,17 +180,17 @@ def batches(cfg, prepare, start, rank, world, device):
         first = (n * cfg.train_batch_size + rank * local for n in numbers)
         loader = torch.utils.data.DataLoader(crops, batch_sampler=(range(i, i + local) for i in first),
                                              num_workers=cfg.num_workers, pin_memory=device.type == "cuda")
-        for number, hr in zip(numbers, loader, strict=True):
-            hr = hr.to(device, non_blocking=True).float() / 255
-            yield prepare(hr * 2 - 1, degraded(hr, cfg, "degrade", number, rank) * 2 - 1)
+        for number, batch in zip(numbers, loader, strict=True):
+            hr, lr, paired = (part.to(device, non_blocking=True) for part in batch)
+            made = degraded(hr / 255, cfg, "degrade", number, rank)
+            yield prepare(hr / 127.5 - 1, torch.where(per_sample(paired), lr / 255, made) * 2 - 1)
 
     total = cfg.max_train_steps * cfg.gradient_accumulation_steps
     if not cfg.cache:
         yield from load(range(start, total))
         return
     count = math.ceil(cfg.cache / cfg.train_batch_size)
-    quiet = None if rank == 0 else True                                       # None: only on a terminal
-    bar = tqdm(load(range(count)), total=count, desc="crops", disable=quiet, leave=False)
+    bar = tqdm(load(range(count)), "crops", count, leave=False, disable=True if rank else None)
     kept = [torch.cat(parts) for parts in zip(*bar, strict=True)]
     for number in range(start, total):
         generator = keyed_generator("cpu", cfg.seed, "cache", number, rank)
@@ -387,7 +387,7 @@ def frozen(cfg, device):
 def preview_pairs(cfg, device, count=4):
     """The first photos of the source, degraded: hr, lr (count, 3, R, R) in [-1, 1]."""
     source = open_source(cfg.data)
-    hr = torch.stack([Crops(source, cfg.resolution, cfg.seed)[i] for i in range(count)]).to(device) / 255
+    hr = torch.stack([Crops(source, cfg.resolution, cfg.seed)[i][0] for i in range(count)]).to(device) / 255
     return hr * 2 - 1, degraded(hr, cfg, "preview") * 2 - 1
 
 
