@@ -5,12 +5,12 @@ from dataclasses import dataclass, fields
 
 import pytest
 
-import data
 import distill
 import evaluate
 import sample
 import train
 from config import cli
+from tools import sheet
 
 
 @dataclass
@@ -27,7 +27,7 @@ class Config:
 
 
 PRESETS = {"small": {}, "large": {"dim": 7, "rate": 0.1}}
-SCRIPTS = {train: [train.PRESETS], distill: distill.PRESETS.values(), data: [{}], sample: [{}],
+SCRIPTS = {train: [train.PRESETS], distill: distill.PRESETS.values(), sheet: [{}], sample: [{}],
            evaluate: [{}]}
 
 
