@@ -517,7 +517,7 @@ def degrade(hr, generator, kind="full", enlarged=True, scale=4, per_batch=False)
 # ---------------------------------------------------------------- sources of training pictures
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".jp2", ".avif")
 MAX_BYTES = 2**28  # larger members of a tar are not read
-WINDOW = 16  # tars whose pictures are mixed at a time
+WINDOW, ENDLESS = 16, 2**40  # tars whose pictures are mixed at a time; number of procedural pictures
 
 
 def shuffled(i, n, *key):
@@ -551,9 +551,8 @@ def shard_members(path):
     found = []
     try:
         with tarfile.open(path, "r:") as tar:
-            for m in tar:
-                if m.isreg() and not m.issparse() and Path(m.name).suffix.lower() in SUFFIXES:
-                    found.append((m.name, m.offset_data, m.size))
+            found.extend((m.name, m.offset_data, m.size) for m in tar  # keeps what comes before an error
+                         if m.isreg() and not m.issparse() and Path(m.name).suffix.lower() in SUFFIXES)
     except (tarfile.TarError, OSError) as reason:
         print(f"{path} is damaged after {len(found)} pictures: {reason}", flush=True)
     return found
@@ -659,7 +658,7 @@ def open_source(spec):
         found, pairs = ([(name, 1)], {}) if name == "procedural" else find_pictures(Path(name))
         if not found:
             raise ValueError(f"{name} holds no pictures; {', '.join(SUFFIXES)} are read, also in tar files")
-        parts += [(name, int(times or 2**40))] if name == "procedural" else found * int(times or 1)
+        parts += [(name, int(times or ENDLESS))] if name == "procedural" else found * int(times or 1)
         partners |= pairs
     return Source(spec, parts, partners)
 
@@ -670,7 +669,8 @@ def describe(source):
     for name in source.names[:: max(1, len(source.names) // 200)]:
         with suppress(*BROKEN), Image.open(name) as picture:  # it is reported when its turn comes
             sides.append(min(picture.size))
-    return (f"{source.spec}: {source.count} {'pairs' if source.partners else 'pictures'}, smallest side "
+    number = "endless" if source.count >= ENDLESS else source.count
+    return (f"{source.spec}: {number} {'pairs' if source.partners else 'pictures'}, smallest side "
             f"{min(sides, default='?')} px: {', '.join(source.names[:3])}, ...")
 
 
