@@ -100,10 +100,10 @@ def open_picture(path, max_pixels=MAX_PIXELS, content=None):
             wrong = "is a folder" if os.path.isdir(path) else "does not exist"
         except BROKEN as reason:
             reason = "it is empty" if os.path.isfile(path) and not os.path.getsize(path) else reason
-            wrong = f"is not an image that can be read; PNG, JPEG, WebP, ... work ({reason})"
+            wrong = f"is not an image that can be read; PNG, JPEG, WebP work ({reason})"
         finally:
             Image.MAX_IMAGE_PIXELS = known
-    raise ValueError(f"{path} {wrong}")
+    raise ValueError(re.sub("<_io.*?>", "it", f"{path} {wrong}"))  # no address of a content
 
 
 def split_picture(image):
@@ -628,7 +628,7 @@ def find_pictures(path):
     else all headers are read, which takes a while for millions of pictures. ValueError."""
     if (path / "index.json").is_file():
         return [(str(path / tar), n) for tar, n in json.loads((path / "index.json").read_bytes()).items()], {}
-    partners, tars = {}, sorted(path.glob("*.tar")) or [path]
+    partners, tars = {}, sorted(path.glob("[!.]*.tar")) or [path]
     if tars[0].is_file() and tars[0].suffix == ".tar":
         bar = tqdm(map(str, tars), desc="headers", total=len(tars), disable=None, leave=False)
         return [(tar, n) for tar in bar if (n := len(shard_members(tar)))], {}

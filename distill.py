@@ -202,7 +202,7 @@ def distil(cfg, device):
         z0, c_str = vosr.encode(torch.cat([hr, lr])).chunk(2)
         return z0, c_str, vosr.semantic_tokens(lr)
 
-    def loss_fn(net, batch, generator):
+    def loss_fn(net, batch, generator, log):
         return consistency(net, vosr.dit, *batch, **draw(cfg, batch[0], generator), omega=cfg.omega,
                            u_weight=cfg.u_weight, delta=cfg.delta, rollout=cfg.rollout)[0]
 
@@ -239,7 +239,7 @@ def autoencoder(cfg, device):
     """
     torch.manual_seed(cfg.seed)
 
-    def loss_fn(vae, batch, generator):
+    def loss_fn(vae, batch, generator, log):
         z = vae.encoder(batch[0]).float()                                       # (B, 16, h, w), raw scale
         with torch.no_grad():                                               # running statistics of the latent
             vae.latents_mean.lerp_(z.mean((0, 2, 3), keepdim=True), 0.02)
@@ -280,7 +280,7 @@ def decoder(cfg, device):
         noise = torch.randn(c_str.shape, generator=generator, device=device)
         return one_step(vosr.dit, cfg.tau * noise, c_str, c_sem)
 
-    def loss_fn(vae, batch, generator):
+    def loss_fn(vae, batch, generator, log):
         hr, c_str, c_sem = batch
         return pixel_loss(vae.decode(restored(c_str, c_sem, generator)), hr)
 

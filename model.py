@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from kernels.attention import attention
 from kernels.norm import rms_modulate, rms_norm
@@ -195,7 +196,7 @@ class DiT(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.cfg, self.channels = cfg, LATENT_CHANNELS[cfg.ae_type]
+        self.cfg, self.channels, self.recompute = cfg, LATENT_CHANNELS[cfg.ae_type], False
         self.native = cfg.resolution // 8 // cfg.patch_size                           # tokens per side
         self.x_embedder = PatchEmbed(2 * self.channels, cfg.dim, cfg.patch_size)
         self.t_embedder = TimeEmbedder(cfg.dim)
@@ -252,7 +253,8 @@ class DiT(nn.Module):
 
         x = self.x_embedder(torch.cat([c_str, z_t], dim=1)).to(time.dtype)            # (B, T, D)
         for block, s in zip(self.blocks, memory, strict=True):
-            x = block(x, time, s, rope)
+            x = (checkpoint(block, x, time, s, rope, use_reentrant=False) if self.recompute and self.training
+                 else block(x, time, s, rope))
         x = self.final_layer(x, *last).unflatten(-1, (p, p, -1))                      # (B, T, p, p, C)
         x = x.unflatten(1, (height, width)).permute(0, 5, 1, 3, 2, 4)                 # (B, C, h/p, p, w/p, p)
         return x.flatten(4, 5).flatten(2, 3)
@@ -683,8 +685,7 @@ def build(make, source):
 def halve(net, dtype):
     """A DiT's products and convolutions in half precision, for autocast; norms and time stay float32."""
     for name, module in net.named_modules() if dtype else ():
-        of_time = name.startswith(("t_", "r_", "final_layer.adaLN"))
-        if isinstance(module, (nn.Linear, nn.Conv2d)) and not of_time:
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and not name.startswith(("t_", "r_", "final_layer.a")):
             module.to(dtype)
     return net
 
@@ -837,11 +838,13 @@ def load_semantic_encoder(path, cfg):
     return load_strict(encoder, tensors, path)
 
 
-def load_frozen(cfg, weights, folder=None, light=False):
-    """(autoencoder, semantic encoder) around the DiT in `folder`; light: with the light decoder, if any."""
-    vae, semantic = frozen_paths(cfg, weights)
+def load_frozen(cfg, weights, folder=None, light=False, semantic=True):
+    """(autoencoder, semantic encoder or None) around the DiT in `folder`; light: with the light decoder."""
+    vae, encoder = frozen_paths(cfg, weights)
+    if missing := [str(path) for path in (vae, encoder)[:1 + semantic] if not path.exists()]:
+        raise ValueError(f"missing: {', '.join(missing)}; see the README, --weights names another folder")
     if cfg.ae_type == "tiny" and folder:
         kept = any(name.startswith(BESIDE) for name in read_tensors(find_weights(folder)))
-        semantic = folder if kept else semantic
+        encoder = folder if kept else encoder
     decoder = Path(weights, "sd21_lwdecoder.pth") if light and cfg.ae_type == "sd2" else None
-    return load_vae(vae, decoder, cfg.ae_type), load_semantic_encoder(semantic, cfg)
+    return load_vae(vae, decoder, cfg.ae_type), load_semantic_encoder(encoder, cfg) if semantic else None

@@ -1,7 +1,6 @@
 """Train the multi-step VOSR: flow matching under full and partial conditions (paper Eq. 1, Sec. 3.1-3.3).
 
-    python train.py                                              # tiny, procedural pictures, any laptop
-    python train.py --data photos/ --out out/mine                # the same on your photos
+    python train.py --data photos/ --out out/mine                # tiny; without --data on procedural pictures
     torchrun --nproc_per_node=8 train.py --preset 0.5B --data /photos
 
 The same command again resumes: same numbers as if it had never stopped. OUT/ gets log.jsonl, loss.png,
@@ -11,8 +10,8 @@ import json
 import math
 import os
 import shutil
+import signal
 import time
-from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,29 +20,15 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
+from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import model
 from config import cli, launch, show
 from data import Crops, degrade, describe, keyed_generator, open_source, write_image, write_whole
-from model import (
-    GRID,
-    LATENT_CHANNELS,
-    VOSR,
-    DiT,
-    ModelConfig,
-    TinySemanticEncoder,
-    choose_device,
-    frozen_paths,
-    load_semantic_encoder,
-    load_strict,
-    load_vae,
-    read_tensors,
-    settings,
-    start_from,
-)
+from model import DiT, ModelConfig, choose_device, load_strict, read_tensors, settings, start_from
 
 # Table 5 of the paper: 256 px first, then 512 px from the 256 px weights (--init).
 LARGE = dict(degradation="full", cache=0, lr_decay=0.0, ema_decay=0.9999, num_workers=8, save_every=10_000)
@@ -82,14 +67,18 @@ class Config(ModelConfig):
     weight_decay: float = 0.01  # on all parameters (Table 5)
     max_grad_norm: float = 1.0  # gradient clipping by the global norm (Table 5)
     ema_decay: float = 0.995  # average of the weights that is used for sampling; Table 5: 0.9999
-    cfg_ratio: float = 0.1  # share of samples that see the partial condition (Sec. 3.3)
-    alpha: tuple = (0.05, 0.25)  # range of the structural retention of the partial condition
+    cfg_ratio: float = 0.1  # share of samples that see the partial condition (Sec. 3.3); 0: full, Table 7
+    alpha: tuple = (0.05, 0.25)  # range of their structural retention; 0,0: the unconditional branch, Table 7
     strength_mean: float = 5.0  # c_str noise: strength = sigmoid(N(mean, 1)); 99 = none, as in the paper
+    val_data: str = ""  # source of held-out pictures: the EMA's loss on 64 crops is logged with checkpoints
     seed: int = 42  # decides every random number of the run
-    save_every: int = 500  # steps between checkpoints and previews; the newest two are kept
+    save_every: int = 500  # steps between checkpoints and previews
+    keep: int = 2  # newest checkpoints that are kept
+    keep_every: int = 0  # steps; checkpoints at multiples of it are kept for good; 0 = none
     log_every: int = 20  # steps between log lines
     device: str = "auto"  # cuda, mps, cpu in that order
     compile: bool = False  # torch.compile each block; pays off after some minutes
+    recompute: bool = False  # activations again in the backward pass: a third more work, far less memory
 
 
 # ---------------------------------------------------------------- the objective
@@ -100,26 +89,27 @@ def per_sample(x):
 
 def mix_conditions(c_str, c_sem, partial, alpha, strength, struct_noise):
     """kappa of each sample (Sec. 3.3): (alpha c_str, no semantics) where partial is set, else (c_str, c_sem).
-
     strength mixes noise into c_str of full samples, as the published models were trained; 1 = the paper.
-    Returns the mixed c_str and c_sem, and the noisy c_str of all samples, which a teacher sees.
-    """
+    Returns the mixed c_str and c_sem, and the noisy c_str of all samples, which a teacher sees."""
     noisy = strength * c_str + (1 - strength**2) ** 0.5 * struct_noise
     mixed = torch.where(per_sample(partial), alpha * c_str, noisy)
     return mixed, torch.where(partial.view(-1, 1, 1), 0.0, c_sem), noisy
 
 
-def flow_loss(net, z0, c_str, c_sem, t, noise, partial, alpha, strength=1.0, struct_noise=0.0):
+def flow_loss(net, z0, c_str, c_sem, t, noise, partial, alpha, strength=1.0, struct_noise=0.0, log=None):
     """Multi-step objective, paper Eq. 1: mean of || v_theta(z_t, t, kappa) - v ||^2, a float32 scalar.
 
     z0, c_str, noise, struct_noise (B, C, h, w); c_sem (B, N, enc_dim); t (B,); alpha, strength (B,) or
-    numbers; partial (B,) bool.
-    """
+    numbers; partial (B,) bool. log (2, 4): sums and numbers of samples by quarters of t are added to it."""
     t_, alpha, strength = map(per_sample, (t, alpha, strength))
     z_t = (1 - t_) * z0 + t_ * noise                                            # Sec. 3.1
     c_str, c_sem, _ = mix_conditions(c_str, c_sem, partial, alpha, strength, struct_noise)
     v = net(z_t, t, c_str, c_sem)                                               # (B, C, h, w)
-    return F.mse_loss(v.float(), (noise - z0).float())
+    errors = F.mse_loss(v.float(), (noise - z0).float(), reduction="none").mean((1, 2, 3))
+    if log is not None:
+        rows = torch.stack([errors.detach(), torch.ones_like(errors)])
+        log.index_add_(1, (4 * t).long().clamp(max=3), rows)
+    return errors.mean()
 
 
 def draw(cfg, z0, generator):
@@ -130,21 +120,19 @@ def draw(cfg, z0, generator):
     def normal(shape):
         return torch.randn(shape, generator=generator, device=z0.device)
 
-    low, high = cfg.alpha
     return dict(t=uniform(), noise=normal(z0.shape), partial=uniform() < cfg.cfg_ratio,
-                alpha=low + (high - low) * uniform(),
+                alpha=cfg.alpha[0] + (cfg.alpha[1] - cfg.alpha[0]) * uniform(),
                 strength=torch.sigmoid(cfg.strength_mean + normal(len(z0))), struct_noise=normal(z0.shape))
 
 
-class Objective(nn.Module):
+class Objective(torch.nn.Module):
     """The loss as a module: one forward of DDP covers whatever networks and passes the loss uses."""
-
     def __init__(self, net, loss_fn):
         super().__init__()
         self.net, self.loss_fn = net, loss_fn
 
-    def forward(self, batch, generator):
-        return self.loss_fn(self.net, batch, generator)
+    def forward(self, *arguments):
+        return self.loss_fn(self.net, *arguments)
 
 
 # ---------------------------------------------------------------- data
@@ -160,16 +148,9 @@ def place(name="auto"):
     return rank, world, device
 
 
-def degraded(hr, cfg, *key):
-    """hr (B, 3, R, R) in [0, 1] -> its enlarged LR; the draws follow from the seed and `key`."""
-    return degrade(hr, keyed_generator("cpu", cfg.seed, *key), cfg.degradation, per_batch=cfg.per_batch)
-
-
 def batches(cfg, prepare, start, rank, world, device):
-    """Yield what prepare(hr, lr) makes of each micro-batch from micro-batch number `start` on.
-
-    prepare gets images (B, 3, R, R) in [-1, 1], lr enlarged to the size of hr; it returns tensors.
-    """
+    """Yield the tensors that prepare makes of each micro-batch from number `start` on: of hr and enlarged lr,
+    (B, 3, R, R) in [-1, 1]."""
     local = cfg.train_batch_size // world
     crops = Crops(open_source(cfg.data), cfg.resolution, cfg.seed)
     if rank == 0:
@@ -182,7 +163,8 @@ def batches(cfg, prepare, start, rank, world, device):
                                              num_workers=cfg.num_workers, pin_memory=device.type == "cuda")
         for number, batch in zip(numbers, loader, strict=True):
             hr, lr, paired = (part.to(device, non_blocking=True) for part in batch)
-            made = degraded(hr / 255, cfg, "degrade", number, rank)
+            generator = keyed_generator("cpu", cfg.seed, "degrade", number, rank)
+            made = degrade(hr / 255, generator, cfg.degradation, per_batch=cfg.per_batch)
             yield prepare(hr / 127.5 - 1, torch.where(per_sample(paired), lr / 255, made) * 2 - 1)
 
     total = cfg.max_train_steps * cfg.gradient_accumulation_steps
@@ -204,7 +186,7 @@ def tensors_of(net, dtype=None):
 
 
 def save(cfg, done, net, ema, opt):
-    """Write checkpoint OUT/step-DONE, let OUT/last name it, delete all but the newest two."""
+    """Write checkpoint OUT/step-DONE, let OUT/last name it, delete old ones; what fails leaves the others."""
     out, name = Path(cfg.out), f"step-{done:08d}"
 
     def write(folder):
@@ -214,25 +196,28 @@ def save(cfg, done, net, ema, opt):
         (folder / "args.json").write_text(json.dumps(settings(cfg), indent=1))
         torch.save({"step": done, "optimizer": opt.state_dict()}, folder / "state.pt")
 
-    write_whole(out / name, write)
-    write_whole(out / "last", lambda path: path.write_text(name + "\n"))
-    for old in [path for path in sorted(out.glob("step-*")) if path.name < name][:-1]:
-        shutil.rmtree(old)
+    try:
+        write_whole(out / name, write)
+        write_whole(out / "last", lambda path: path.write_text(name + "\n"))
+    except (OSError, RuntimeError, SafetensorError) as reason:
+        raise ValueError(f"{out / name} cannot be written, those before it are whole: {reason}") from None
+    old = [path for path in sorted(out.glob("step-*")) if path.name < name]
+    for path in old[:len(old) - cfg.keep + 1]:
+        if not cfg.keep_every or int(path.name[5:]) % cfg.keep_every:
+            shutil.rmtree(path)
 
 
-MAY_CHANGE = ("out", "export", "device", "compile", "num_workers", "max_train_steps",
-              "learning_rate", "lr_decay", "save_every", "log_every", "tau")
+MAY_CHANGE = ("out", "export", "device", "compile", "recompute", "num_workers", "max_train_steps", "keep",
+              "keep_every", "val_data", "learning_rate", "lr_decay", "save_every", "log_every", "tau")
 
 
 def resume(cfg, net, ema, opt):
     """Load the checkpoint that OUT/last names into net, ema and opt; returns its step, 0 if there is none.
-
-    Raises ValueError when it was made with other settings than this call's, but for those that may change.
-    """
+    ValueError when it was made with other settings than this call's, but for those that may change."""
     if not (Path(cfg.out) / "last").is_file():
         return 0
-    folder = Path(cfg.out) / (Path(cfg.out) / "last").read_text().strip()
-    stored = json.loads((folder / "args.json").read_text())
+    folder = model.model_folder(cfg.out)
+    _, stored = model.read_settings(folder)
     for name, now in json.loads(json.dumps(asdict(cfg))).items():
         if name not in MAY_CHANGE and stored.get(name, now) != now:
             raise ValueError(f"{cfg.out} was started with --{name} {stored[name]}, this call has {now}: "
@@ -274,99 +259,117 @@ def rate(cfg, step):
 
 
 def plot_loss(log, path):
-    """PNG of the loss over the steps, log: list of dicts with step and loss; the loss axis is logarithmic."""
-    steps, losses = [row["step"] for row in log], [max(row["loss"], 1e-9) for row in log]
-    low, high = min(losses), max(losses)
-    span = math.log(max(high, 1.01 * low) / low)
-    image = Image.new("RGB", (640, 360), "white")
-    canvas = ImageDraw.Draw(image)
-    canvas.rectangle((40, 40, 600, 320), outline="gray")
-    canvas.line([(40 + 560 * s / steps[-1], 320 - 280 * math.log(v / low) / span)
-                 for s, v in zip(steps, losses, strict=True)], fill="blue", width=2)
-    canvas.text((40, 328), f"loss {low:.4g} to {high:.4g}, step 0 to {steps[-1]}", fill="black")
+    """PNG of the losses over the steps, on a logarithmic scale; log: list of dicts with step and loss."""
+    steps, heights = zip(*((row["step"], math.log(max(row["loss"], 1e-9))) for row in log), strict=True)
+    low, high, image = min(heights), max(heights), Image.new("RGB", (640, 360), "white")
+    text = f"loss {math.exp(low):.4g} to {math.exp(high):.4g}, step 0 to {steps[-1]}"
+    ImageDraw.Draw(image).text((40, 328), text, "black")
+    ImageDraw.Draw(image).line([(40 + 560 * step / steps[-1], 320 - 280 * (y - low) / max(high - low, 0.01))
+                                for step, y in zip(steps, heights, strict=True)], "blue", 2)
     write_whole(path, image.save)
 
 
 def run(cfg, net, loss_fn, prepare, preview):
-    """Train `net` and return its EMA: the mathematics is loss_fn(net, batch, generator) -> scalar.
+    """Train `net`, return its EMA: the mathematics is loss_fn(net, batch, generator, log) -> scalar.
 
     prepare(hr, lr) -> batch, without gradients (see batches); preview(ema) -> (rows, B, 3, H, W) in [-1, 1].
-    """
+    SIGTERM makes it write a checkpoint and end the process with code 0. FloatingPointError: it diverged."""
     rank, world, device = place(cfg.device)
     if cfg.train_batch_size % world:
         raise ValueError(f"--train_batch_size is {cfg.train_batch_size}, not a multiple of {world} ranks")
-    Path(cfg.out, "previews").mkdir(parents=True, exist_ok=True)
-    if rank == 0:
-        show(cfg)
-    net = net.to(device)
+    out, net = Path(cfg.out), net.to(device)
+    (out / "previews").mkdir(parents=True, exist_ok=True)
     if cfg.init:
         start_from(cfg.init, net)
-    ema = deepcopy(net).requires_grad_(False).eval()
+    ema, net.recompute = deepcopy(net).requires_grad_(False).eval(), cfg.recompute
     trained = [p for p in net.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(trained, lr=cfg.learning_rate, betas=(0.9, cfg.adam_beta2), eps=1e-8,
                             weight_decay=cfg.weight_decay, fused=True)
-    start = resume(cfg, net, ema, opt)
-    log_path = Path(cfg.out, "log.jsonl")
-    lines = log_path.read_text().split("\n")[:-1] if log_path.is_file() else []  # a half line is dropped
-    log = [row for row in map(json.loads, lines) if row["step"] <= start]
+    start, weights = resume(cfg, net, ema, opt), sum(p.numel() for p in net.parameters())
+    if (free := shutil.disk_usage(out).free) < (need := 2 * 16 * weights):  # bytes
+        raise ValueError(f"{out}: {free / 1e9:.1f} GB are free, two checkpoints take {need / 1e9:.1f}")
+    lines = (out / "log.jsonl").read_text().split("\n")[:-1] if (out / "log.jsonl").is_file() else []
+    log = [row for row in map(json.loads, lines) if row["step"] <= start]     # a half line was dropped
     if rank == 0:
-        for half in Path(cfg.out).glob(".step-*"):                          # of a run that was killed
+        show(cfg)
+        for half in out.glob(".step-*"):                                    # of a run that was killed
             shutil.rmtree(half)
-        print(f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters, {world} x {device}"
-              + (f", resumed at step {start}" if start else "")
-              + (", already finished" if start >= cfg.max_train_steps else ""))
-        write_whole(log_path, lambda path: path.write_text("".join(json.dumps(row) + "\n" for row in log)))
-        write_whole(Path(cfg.out, "args.json"), lambda p: p.write_text(json.dumps(settings(cfg), indent=1)))
+        print(f"{weights / 1e6:.2f} M parameters, {world} x {device}, {start} of {cfg.max_train_steps} steps")
+        write_whole(out / "log.jsonl", lambda p: p.write_text("".join(json.dumps(row) + "\n" for row in log)))
+        write_whole(out / "args.json", lambda p: p.write_text(json.dumps(settings(cfg), indent=1)))
     for block in net.blocks if cfg.compile and hasattr(net, "blocks") else ():
         block.compile()
     objective = Objective(net, loss_fn)
     ddp = DistributedDataParallel(objective) if world > 1 else objective
-    autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
-    micros = cfg.gradient_accumulation_steps
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    micros, seen = cfg.gradient_accumulation_steps, cfg.gradient_accumulation_steps * cfg.train_batch_size
     stream = batches(cfg, prepare, start * micros, rank, world, device)
-    logged, tick = start, time.perf_counter()
+    mine = range(rank * 64 // world, (rank + 1) * 64 // world)
+    held_out = prepare(*preview_pairs(cfg, device, cfg.val_data, mine)) if cfg.val_data else None
+    stop, status = [], torch.zeros(12 + world, device=device)  # loss, by t, stop, val, first bad steps
+    signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
+    logged, waited, tick = start, 0.0, time.perf_counter()
 
     for step in range(start, cfg.max_train_steps):
         for group in opt.param_groups:
             group["lr"] = rate(cfg, step)
         loss = 0.0
         for micro in range(micros):
-            if world > 1:
-                ddp.require_backward_grad_sync = micro == micros - 1        # one all-reduce per step
+            ddp.require_backward_grad_sync = micro == micros - 1            # one all-reduce per step
             generator = keyed_generator(device, cfg.seed, step, micro, rank)  # resumed: same numbers
+            waited -= time.perf_counter()
             batch = next(stream)
+            waited += time.perf_counter()
             with autocast:
-                part = ddp(batch, generator) / micros
+                part = ddp(batch, generator, status[1:9].view(2, 4)) / micros
             part.backward()
             loss += part.detach()
         norm = torch.nn.utils.clip_grad_norm_(trained, cfg.max_grad_norm)
+        opt.found_inf = (~norm.isfinite()).float()                          # then nothing changes
         opt.step()
         opt.zero_grad(set_to_none=True)
         update_ema(ema, net, cfg.ema_decay)
 
         done = step + 1
+        for slot, value in ((11, norm), (12 + rank, loss)):
+            status[slot] += done * ((status[slot] == 0) & ~value.isfinite())
         saving = done == cfg.max_train_steps or done % cfg.save_every == 0
-        if saving or done % cfg.log_every == 0:
-            if world > 1:
-                dist.all_reduce(loss)
-            row = dict(step=done, loss=float(loss) / world, grad=float(norm), learning_rate=rate(cfg, step))
-            if not math.isfinite(row["loss"] + row["grad"]):                # nothing of it is ever saved
-                raise FloatingPointError(f"loss {row['loss']} at step {done}: lower --learning_rate, go on")
-            images, seconds = cfg.train_batch_size * micros * (done - logged), time.perf_counter() - tick
-            row["images_per_s"], logged, tick = images / seconds, done, time.perf_counter()
+        if device.type == "cuda" and not saving and done % cfg.log_every:    # a GPU is not waited for
+            continue
+        if (validated := saving and held_out is not None):
+            with torch.no_grad(), autocast:
+                status[10] = loss_fn(ema, held_out, keyed_generator(device, cfg.seed, "val", rank), None)
+        status[0], status[9] = loss, len(stop)
+        total = status.clone()
+        if world > 1:
+            dist.all_reduce(total)
+        if bad := int(total[11]) // world:
+            ranks = [k for k in range(world) if total[12 + k]] or "all"
+            raise FloatingPointError(f"not finite: step {bad}, crops from {(bad - 1) * seen}, rank {ranks}; "
+                                     "lower --learning_rate; the same command goes on before it")
+        stopping = bool(total[9])
+        if (saving := saving or stopping) or done % cfg.log_every == 0:
+            seconds = time.perf_counter() - tick
+            row = dict(step=done, loss=float(total[0]) / world, grad=float(norm), waiting=waited / seconds,
+                       learning_rate=rate(cfg, step), images_per_s=seen * (done - logged) / seconds)
+            row |= {f"loss_t{n}": float(total[1 + n] / total[5 + n]) for n in range(4) if total[5 + n]}
+            row |= {"val": float(total[10]) / world} if validated else {}
+            row |= {"gb": torch.cuda.max_memory_allocated() / 1e9} if device.type == "cuda" else {}
+            logged, waited, tick = done, 0.0, time.perf_counter()
+            status.zero_()
             if rank == 0:
                 log.append(row)
-                print(f"step {done:>7} | loss {row['loss']:.4f} | grad {row['grad']:.2f} | "
-                      f"{row['images_per_s']:.1f} images/s", flush=True)
-                with open(log_path, "a") as file:
+                print(" | ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
+                with open(out / "log.jsonl", "a") as file:
                     file.write(json.dumps(row) + "\n")
         if rank == 0 and saving:
             save(cfg, done, net, ema, opt)
-            plot_loss(log, Path(cfg.out, "loss.png"))
+            plot_loss(log, out / "loss.png")
             with torch.no_grad():
-                rows = preview(ema).clamp(-1, 1) * 0.5 + 0.5                 # (rows, B, 3, H, W)
-            sheet = rows.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)  # (3, rows H, B W)
-            write_image(Path(cfg.out, "previews", f"{done:08d}.png"), sheet.float().cpu())
+                sheet = preview(ema).permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)  # (3, rows H, B W)
+            write_image(out / "previews" / f"{done:08d}.png", sheet.float().cpu() * 0.5 + 0.5)
+        if stopping:
+            raise SystemExit(print(f"stopped by SIGTERM after step {done}; the same command goes on"))
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
@@ -376,31 +379,28 @@ def run(cfg, net, loss_fn, prepare, preview):
 # ---------------------------------------------------------------- the multi-step model
 def frozen(cfg, device):
     """Bundle of what is not trained here: autoencoder and, where one is published, semantic encoder."""
-    vae_path, semantic_path = frozen_paths(cfg, cfg.weights)
-    paths = [vae_path] if cfg.ae_type == "tiny" else [vae_path, semantic_path]
-    if missing := [str(path) for path in paths if not path.exists()]:
-        raise ValueError(f"missing: {', '.join(missing)}; see the README, --weights names another folder")
-    semantic = load_semantic_encoder(semantic_path, cfg) if semantic_path in paths else None
-    return VOSR(None, load_vae(vae_path), semantic).to(device).eval().requires_grad_(False)
+    parts = model.load_frozen(cfg, cfg.weights, semantic=cfg.ae_type != "tiny")
+    return model.VOSR(None, *parts).to(device).eval().requires_grad_(False)
 
 
-def preview_pairs(cfg, device, count=4):
-    """The first photos of the source, degraded: hr, lr (count, 3, R, R) in [-1, 1]."""
-    source = open_source(cfg.data)
-    hr = torch.stack([Crops(source, cfg.resolution, cfg.seed)[i][0] for i in range(count)]).to(device) / 255
-    return hr * 2 - 1, degraded(hr, cfg, "preview") * 2 - 1
+def preview_pairs(cfg, device, source="", numbers=range(4)):
+    """Crops with these numbers, of the source or of --data, degraded: hr, lr (n, 3, R, R) in [-1, 1]."""
+    crops = Crops(open_source(source or cfg.data), cfg.resolution, cfg.seed)
+    hr = torch.stack([crops[i][0] for i in numbers]).to(device) / 255
+    generator = keyed_generator("cpu", cfg.seed, "preview", *numbers[:1])
+    return hr * 2 - 1, degrade(hr, generator, cfg.degradation) * 2 - 1
 
 
 def check(cfg):
     """Wrong values end here, before anything is loaded."""
-    if cfg.ae_type not in LATENT_CHANNELS:
-        raise ValueError(f"--ae_type is one of {', '.join(LATENT_CHANNELS)}, got {cfg.ae_type!r}")
+    if cfg.ae_type not in model.LATENT_CHANNELS:
+        raise ValueError(f"--ae_type is one of {', '.join(model.LATENT_CHANNELS)}, got {cfg.ae_type!r}")
     counts = ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "save_every", "log_every")
     if low := [name for name in counts if getattr(cfg, name) < 1]:
         raise ValueError(f"--{low[0]} starts at 1, got {getattr(cfg, low[0])}")
-    if cfg.dim % (4 * cfg.num_heads) or cfg.resolution < 32 or cfg.resolution % GRID:
-        raise ValueError(f"--dim is a multiple of 4 x --num_heads, --resolution of {GRID} from 32 on; got "
-                         f"{cfg.dim}, {cfg.num_heads}, {cfg.resolution}")
+    if cfg.dim % (4 * cfg.num_heads) or cfg.resolution < 32 or cfg.resolution % model.GRID:
+        raise ValueError(f"--dim is a multiple of 4 x --num_heads, --resolution of {model.GRID} from 32 on; "
+                         f"got {cfg.dim}, {cfg.num_heads}, {cfg.resolution}")
 
 
 def main():
@@ -412,7 +412,7 @@ def main():
     torch.manual_seed(cfg.seed)                                       # initial weights, alike on all ranks
     net = DiT(cfg)
     if cfg.ae_type == "tiny":                                           # nothing to borrow: it learns along
-        net.semantic_encoder = TinySemanticEncoder(cfg.enc_dim)
+        net.semantic_encoder = model.TinySemanticEncoder(cfg.enc_dim)
     hr, lr = preview_pairs(cfg, device)
 
     @torch.no_grad()
@@ -422,20 +422,20 @@ def main():
 
     def tokens(net, c_sem):
         return net.semantic_encoder(c_sem) if cfg.ae_type == "tiny" else c_sem
-
-    def loss_fn(net, batch, generator):
+    def loss_fn(net, batch, generator, log):
         z0, c_str, c_sem = batch
-        return flow_loss(net, z0, c_str, tokens(net, c_sem), **draw(cfg, z0, generator))
+        return flow_loss(net, z0, c_str, tokens(net, c_sem), **draw(cfg, z0, generator), log=log)
 
     def preview(net):
-        """Rows: LR, what the network believes at t = 1 and at t = 0.5 (z_t - t v), HR."""
+        """Rows: LR, 1, 5 and 25 Euler steps without guidance, HR."""
         z0, c_str, c_sem = prepare(hr, lr)
         noise = torch.randn(z0.shape, generator=keyed_generator(device, cfg.seed, "noise"), device=device)
-        rows = [lr]
-        for t in (1.0, 0.5):
-            z_t = (1 - t) * z0 + t * noise
-            v = net(z_t, z0.new_full((len(z0),), t), c_str, tokens(net, c_sem))
-            rows.append(vosr.decode(z_t - t * v))
+        rows, c_sem = [lr], tokens(net, c_sem)
+        for steps in (1, 5, 25):
+            z = noise
+            for n in range(steps, 0, -1):
+                z = z - net(z, z0.new_full((len(z0),), n / steps), c_str, c_sem) / steps
+            rows.append(vosr.decode(z))
         return torch.stack([*rows, hr])
 
     ema = run(cfg, net, loss_fn, prepare, preview)
