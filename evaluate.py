@@ -412,6 +412,8 @@ def find_pairs(cfg):
         if cfg.data == "procedural":
             endless = range(cfg.limit or die("--data procedural is endless: --limit 8"))
             names = [f"procedural_{i:04d}" for i in endless]
+        elif source.partners or source.count != len(names):
+            die(f"--protocol folder wants photos, one a file; {cfg.data} holds tars or pairs")
         index = {name: i for i, name in enumerate(names)}
         return {stem: partial(make_pair, source, index[name], stem, cfg)
                 for stem, name in by_stem(names).items()}

@@ -241,7 +241,7 @@ def test_pictures_that_do_not_pair_end_the_call(pairs, call, capsys, spoil, word
     ("--protocol folder --data SET/HR --degradation heavy", "unknown degradation 'heavy'"),
     ("--metric_weights SET/x.npz", "niqe_pris_params.npz"), ("--against SET/HR/a.png", "per_image.csv"),
     ("--seeds 0", "--seeds starts at 1"), ("--model huge", "huge"), ("--from SET/LR", "a.png is 48x32"),
-    ("--scale 2", "192x128, not 2 times its LR's 48x32")])
+    ("--scale 2", "192x128, not 2 times"), ("--protocol folder --data SET", "tars or pairs")])
 def test_a_wrong_call_ends_with_one_line_and_code_2(pairs, call, capsys, options, words):
     with pytest.raises(SystemExit) as stop:
         call(*options.replace("SET", str(pairs)).split())

@@ -131,3 +131,23 @@ def test_a_full_disk_loses_nothing_that_was_saved(tmp_path):
                               preexec_fn=small)
         assert done.returncode == 2 and "step-00000006 cannot be written" in done.stderr
         assert {path: path.read_bytes() for path in (tmp_path / "run").glob("step-*/*")} == before
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_killed_rank_and_ends_at_the_same_weights(tmp_path):
+    """The second of two ranks dies at step 5 of the first attempt; the second one goes on from step 3."""
+    code = ("import os, signal, train, config\n"
+            "def dies(*a, real=train.flow_loss, calls=[0], **k):\n    calls[0] += 1\n"
+            "    now = os.environ['RANK'], os.environ['TORCHELASTIC_RESTART_COUNT'], calls[0]\n"
+            "    if now == ('1', '0', 5):\n        os.kill(os.getpid(), signal.SIGKILL)\n"
+            "    return real(*a, **k)\n"
+            "train.flow_loss = dies\nconfig.launch(train.main)\n")
+    (tmp_path / "dies.py").write_text(code)
+    words = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "--max-restarts=3",
+             str(tmp_path / "dies.py"), *SMALL, "--cache", "8", "--max_train_steps", "7"]
+    done = subprocess.run([sys.executable, *words, "--out", str(tmp_path / "a")], cwd=ROOT, text=True,
+                          capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0 and ", 3 of 7 steps" in done.stdout, done.stderr[-2000:]
+    start(tmp_path / "b", "7", "--cache", "8", ranks=2)
+    for a, b in zip(final(tmp_path / "a"), final(tmp_path / "b"), strict=True):
+        assert all(torch.equal(a[name], b[name]) for name in a)
