@@ -249,6 +249,8 @@ def fast_length(n):
 
 def reflect(image, pad, sizes):
     """Reflect each sample at its edges (edge not repeated) -> (B, 3, H + 2 pad, W + 2 pad)."""
+    if pad < min(image.shape[-2:]) and set(sizes) == {tuple(image.shape[-2:])}:
+        return F.pad(image, [pad] * 4, mode="reflect")  # several times as fast
     for dim in (2, 3):  # where pad exceeds a side the reflection repeats: every size from 1 px works
         period = on(image.device, [max(2 * size[dim - 2] - 2, 1) for size in sizes])[:, None]
         index = torch.arange(-pad, image.shape[dim] + pad, device=image.device) % period  # (B, n + 2 pad)
@@ -284,7 +286,6 @@ def axis_matrix(n, axis, draw, device):
 
 def resize(image, draws, sizes=None):
     """Resize each sample as PyTorch's interpolate does (align_corners False) -> image and its new sizes.
-
     A draw is dict(mode, size=(h, w)), or dict(mode, scale_factor), whose grid follows the factor itself and
     not the rounded size, or None, which keeps the sample."""
     sizes, targets = sizes or [tuple(image.shape[-2:])] * len(image), []
@@ -368,7 +369,7 @@ def jpeg(image, quality, sizes=None):
 
 def round_levels(image):
     """Round to 8 bits (half to even) and clamp: the last step of the degradation."""
-    return (image * 255).round().clamp(0, 255) / 255
+    return (image * 255).round_().clamp_(0, 255).div_(255)
 
 
 # ---------------------------------------------------------------- the degradation, drawn and applied
@@ -393,7 +394,6 @@ def draw_kernel(uniform, pick, kernels, sigma):
 
 def draw_degradation(height, width, generator, settings, scale=4, shared=None):
     """All that is random for ONE sample, except the noise: plain values, the arguments of degrade_with.
-
     shared: generator, left as it is, for all but strength and colour of noise and quality of JPEG."""
     own, small = uniform_numbers(generator, 64), (height // scale, width // scale)
     uniform = uniform_numbers(shared.clone_state(), 64) if shared else own
