@@ -20,7 +20,7 @@ def launch(work):
     """Run a script: wrong input is one line and exit code 2, a diverged loss 1, Ctrl-C 130."""
     try:
         work()
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         die(str(error).strip().splitlines()[-1])
     except FloatingPointError as error:
         print("error:", error, file=sys.stderr)
@@ -43,6 +43,7 @@ def cli(Config, presets=None, argv=None):
         notes = {}
         for cls in reversed(Config.__mro__[:-1]):
             notes |= re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), re.M)
+        notes.pop("inputs", None)  # has no name on the command line
         for name, note in notes.items():
             print(f"  --{name.rstrip('_'):<22} {note} (default {default[name]!r})")
         sys.exit(0)

@@ -108,7 +108,6 @@ def open_picture(path, max_pixels=MAX_PIXELS, content=None):
 
 def split_picture(image):
     """PIL image of any mode -> Picture, upright, 8 bits per channel. ValueError for pixels of unknown range.
-
     rgb: RGB, may be `image` itself; alpha: L, or None; grey: whether it had no colours; icc: its profile if
     that describes RGB, or grey pixels; notes: for the user, what else was done to it."""
     frames, packing = getattr(image, "stored", (1, str(getattr(image, "tile", ""))))
@@ -206,7 +205,8 @@ def write_image(path, image, alpha=None, grey=False, icc=None):
 def on(device, values):
     """List or tensor -> tensor on the device; the processor does not wait for a GPU."""
     values = torch.as_tensor(values)
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+    values = values.pin_memory() if device.type == "cuda" and not values.is_cuda else values
+    return values.to(device, non_blocking=True)
 
 
 def outside(image, sizes):
@@ -220,7 +220,6 @@ def outside(image, sizes):
 
 def blur_kernel(kind, size, sigma_x=1.0, sigma_y=1.0, theta=0.0, beta=1.0, cutoff=1.0):
     """One kernel of Real-ESRGAN's mixture, computed in float64 -> (size, size) float32, sum 1.
-
     Kinds: iso exp(-d^2 / 2), generalized_iso exp(-d^(2 beta) / 2), plateau_iso 1 / (1 + d^(2 beta)), all with
     sigma_x alone; with aniso for iso, along axes turned by theta. sinc: the circular low-pass
     w J1(w r) / (2 pi r), w = cutoff in radians per pixel."""
@@ -450,7 +449,6 @@ def operate(image, sizes, values, op):
 
 def degrade_with(hr, draws, randn, poisson, enlarged=True):
     """Apply plain draws, a dict per sample, to hr (B, 3, H, W) in [0, 1] -> lr as from degrade.
-
     In order: kernel1, resize1, noise1, jpeg1, kernel2, resize2, noise2, jpeg2_early, resize_lr, sinc,
     jpeg2_late, resize_back; absent keys are skipped. A kernel may also be a tensor (k, k). The noise fields
     come from randn(shape) and poisson(rate)."""
@@ -487,7 +485,6 @@ def degrade_with(hr, draws, randn, poisson, enlarged=True):
 @torch.no_grad()
 def degrade(hr, generator, kind="full", enlarged=True, scale=4, per_batch=False):
     """LR for hr (B, 3, H, W) in [0, 1]: every sample with its own draws, rounded to 8 bits, in [0, 1].
-
     enlarged: LR enlarged back to (H, W), what the networks see; otherwise LR, (B, 3, H // scale, W // scale).
     kind, per_batch: see draw_batch. generator: of the CPU; what it draws is the same on every device, only
     the noise is a GPU's own, seeded by it. On a GPU, TF32 products may move the result by a level."""
@@ -523,13 +520,13 @@ WINDOW, ENDLESS = 16, 2**40  # tars whose pictures are mixed at a time; number o
 def shuffled(i, n, *key):
     """Element i of a permutation of range(n) that depends on `key`, without a list of n numbers: a Feistel
     network permutes the numbers below a power of four; one that falls beyond n goes round again."""
-    half = max(1, (n - 1).bit_length() + 1 >> 1)
+    half = max(1, ((n - 1).bit_length() + 1) // 2)
     while True:
-        left, right = i >> half, i & (1 << half) - 1
+        left, right = divmod(i, 2**half)
         for turn in range(4):
             digest = hashlib.blake2b(repr((turn, right, *key)).encode(), digest_size=8).digest()
-            left, right = right, left ^ int.from_bytes(digest, "big") & (1 << half) - 1
-        if (i := left << half | right) < n:
+            left, right = right, left ^ (int.from_bytes(digest, "big") % 2**half)
+        if (i := left * 2**half + right) < n:
             return i
 
 
@@ -538,8 +535,7 @@ def write_shard(path, members):
     def write(hidden):
         with tarfile.open(hidden, "w") as tar:
             for name, content in members:
-                info = tarfile.TarInfo(name)
-                info.size = len(content)
+                (info := tarfile.TarInfo(name)).size = len(content)
                 tar.addfile(info, io.BytesIO(content))
 
     write_whole(path, write)
@@ -581,9 +577,9 @@ class Source:
             return dead_leaves(generator, side)
         if not path.endswith(".tar"):
             return read_levels(path)
-        if k >= len(members := shard_members(path)):
-            raise ValueError(f"{path} has {len(members)} pictures, its index says more")
-        name, offset, size = members[k]
+        if not (members := shard_members(path)):
+            raise ValueError(f"{path} holds no pictures")
+        name, offset, size = members[k % len(members)]  # a damaged tar, which was named, shows some twice
         if size > MAX_BYTES:
             raise ValueError(f"{path}/{name} has {size} bytes, at most {MAX_BYTES} are read")
         with open(path, "rb") as file:
@@ -623,17 +619,21 @@ def pictures_in(folder):
 
 def find_pictures(path):
     """Folder of pictures, of HR/ and LR/, or of tars; tar; text file of paths -> parts, partners of a Source.
-
     A folder of tars is not listed if it has an index.json {file name: number of pictures}, see tools/pack.py;
     else all headers are read, which takes a while for millions of pictures. ValueError."""
-    if (path / "index.json").is_file():
-        return [(str(path / tar), n) for tar, n in json.loads((path / "index.json").read_bytes()).items()], {}
+    if (index := path / "index.json").is_file():
+        try:
+            counts = json.loads(index.read_bytes()).items()
+            return [(str(path / tar), range(n)[-1] + 1) for tar, n in counts], {}  # no n below 1
+        except (ValueError, AttributeError, TypeError, IndexError):
+            raise ValueError(f"{index} is not {{tar: number of its pictures}}") from None
     partners, tars = {}, sorted(path.glob("[!.]*.tar")) or [path]
     if tars[0].is_file() and tars[0].suffix == ".tar":
         bar = tqdm(map(str, tars), desc="headers", total=len(tars), disable=None, leave=False)
         return [(tar, n) for tar in bar if (n := len(shard_members(tar)))], {}
     if (path / "HR").is_dir() and (path / "LR").is_dir():
-        high, low = ({p.stem: str(p) for p in pictures_in(path / side)} for side in ("HR", "LR"))
+        high, low = ({p.relative_to(path / side).with_suffix(""): str(p) for p in pictures_in(path / side)}
+                     for side in ("HR", "LR"))
         if odd := sorted(high.keys() ^ low.keys()):
             raise ValueError(f"{path}: {odd[0]} is not in both HR and LR")
         names, partners = high.values(), {high[stem]: low[stem] for stem in high}
@@ -643,7 +643,8 @@ def find_pictures(path):
         lines = path.read_bytes()
         if b"\0" in lines:
             raise ValueError(f"{path} is not a text file of paths")
-        names = [path.parent / name.strip() for name in lines.decode().splitlines() if name.strip()]
+        lines = os.fsdecode(lines.removeprefix(b"\xef\xbb\xbf")).splitlines()  # a mark of Windows
+        names = [path.parent / line.strip() for line in lines if line.strip()]
     else:
         raise ValueError(f"{path} does not exist; give a folder, a list file, a tar, or procedural")
     return [(str(name), 1) for name in names], partners
@@ -654,11 +655,12 @@ def open_source(spec):
     "photos:3,procedural:5000" shows each of the photos three times an epoch, beside 5000 made pictures."""
     parts, partners = [], {}
     for word in [str(spec)] if Path(spec).exists() else str(spec).split(","):
-        name, times = re.fullmatch(r"(.*?)(?::(\d+))?", word.strip()).groups()
+        name, times = re.fullmatch(r"(.*?)(?::([1-9]\d*))?", word.strip()).groups()
         found, pairs = ([(name, 1)], {}) if name == "procedural" else find_pictures(Path(name))
         if not found:
             raise ValueError(f"{name} holds no pictures; {', '.join(SUFFIXES)} are read, also in tar files")
-        parts += [(name, int(times or ENDLESS))] if name == "procedural" else found * int(times or 1)
+        endless = 5000 if "," in str(spec) else ENDLESS
+        parts += [(name, int(times or endless))] if name == "procedural" else found * int(times or 1)
         partners |= pairs
     return Source(spec, parts, partners)
 
@@ -669,26 +671,24 @@ def describe(source):
     for name in source.names[:: max(1, len(source.names) // 200)]:
         with suppress(*BROKEN), Image.open(name) as picture:  # it is reported when its turn comes
             sides.append(min(picture.size))
-    number = "endless" if source.count >= ENDLESS else source.count
-    return (f"{source.spec}: {number} {'pairs' if source.partners else 'pictures'}, smallest side "
-            f"{min(sides, default='?')} px: {', '.join(source.names[:3])}, ...")
+    number, smallest = min(source.count, ENDLESS), f"smallest side {min(sides)} px, " if sides else ""
+    return (f"{source.spec}: {'endless' if number == ENDLESS else number} pictures, {smallest}"
+            f"{', '.join(source.names[:3])}, ...")
 
 
 class Crops(torch.utils.data.Dataset):
     """Samples of a run by number -> hr, lr, uint8 (3, R, R) each, and whether there is an lr; else it is hr.
-
-    Functions of seed, number and source alone: a run resumes with the next number, and any split of them over
-    ranks and workers gives the same crops. The next picture stands in for one that cannot be read (reported)
-    or is smaller than R (counted)."""
+    Functions of these, so a run resumes with the next number and any split over ranks and workers gives the
+    same. The next picture stands in for one that cannot be read (reported) or is smaller than R (counted)."""
 
     def __init__(self, source, resolution, seed):
         self.source, self.resolution, self.seed = source, resolution, seed
 
     def __getitem__(self, number):
-        source, R, generator = self.source, self.resolution, keyed_generator("cpu", "crop", self.seed, number)
+        source, R = self.source, self.resolution
         for k in source.choose(number, self.seed):
             try:
-                source.tried += 1
+                generator, source.tried = keyed_generator("cpu", "crop", self.seed, number), source.tried + 1
                 hr = source.image(k, generator, R)
                 if min(size := hr.shape[1:]) >= R:
                     top, left = (int(torch.randint(n - R + 1, (), generator=generator)) for n in size)

@@ -2,14 +2,13 @@
 
     python sample.py --steps 1 input.png                   # writes input_x4.png beside it
     python sample.py --steps 25 photos/ -o out/            # the multi-step network, a whole folder
-    python sample.py --scale 2.5 --fidelity 0.5 -- -odd-name.jpg
 """
 import itertools
 import math
 import re
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, lru_cache, partial
 from glob import glob
@@ -83,8 +82,7 @@ def euler(net, z, c_str, c_sem, times, alpha=0.1, cfg_scale=None, interval=(0, 1
 
     z, c_str (B, C, h, w); c_sem (B, N, enc_dim). With cfg_scale, net is a multi-step network, guided by Eq. 2
     where t lies in `interval` and fully conditioned elsewhere. Without, net is a student and each step is
-    z - (t - r) f(z, t, r), with r the next time (Eq. 4).
-    """
+    z - (t - r) f(z, t, r), with r the next time (Eq. 4)."""
     for t, t_next in itertools.pairwise([float(t) for t in times]):
         now = z.new_full((len(z),), t)
         if cfg_scale is None:
@@ -114,8 +112,7 @@ def tiled(net, places, height, width, semantics, batch=1):
     """A net for `euler` that runs `net` on tiles and blends: v = sum(g v_tile) / sum(g), g Gaussian.
 
     places: (top, left) of each tile; batch: tiles per call of `net`; semantics(range of tiles) -> theirs, by
-    DiT.semantics. The result knows them: its c_sem is []. z has a batch of 1, or 2 with the partial branch.
-    """
+    DiT.semantics. The result knows them: its c_sem is []. z has a batch of 1, or of 2 with both branches."""
     def blended(z, t, c_str, c_sem, r=None):
         g = gaussian_window(height, width).to(z.device)
         total, weight = torch.zeros_like(z), z.new_zeros(z.shape[-2:])
@@ -142,8 +139,7 @@ def assemble(piece, height, width, tile):
 
     piece(top, left, h, w) -> (..., f h, f w), float, for a window of latent cells. Pieces are cross-faded
     where all of them are sound: the tiny autoencoder sees no further than MARGIN, so tiles change nothing;
-    the published ones have norms and attention over the window.
-    """
+    the published ones have norms and attention over the window."""
     tile, overlap, rest = max(tile, 32), 2 * MARGIN + RAMP, None
     h, w = min(tile, height), min(tile, width)
 
@@ -227,8 +223,7 @@ def restore(pictures, size, names, vosr, tile, batch, steps, seed, cfg_scale, al
     """RGB pictures of one size -> restored ones of `size`; several only if a tile holds them.
 
     The enlarged input exists in windows alone, the output as 8 bits in Pillow; latents are whole, a byte per
-    pixel each. FloatingPointError if a value is not finite.
-    """
+    pixel each. FloatingPointError if a value is not finite."""
     device, half = next(vosr.parameters()).device, vosr.half
     rows, cols = (reflect(n, 0, max(64, -(-n // GRID) * GRID) - n) for n in size[::-1])
     height, width = len(rows) // 8, len(cols) // 8                                          # of the latent
@@ -269,17 +264,19 @@ def restore(pictures, size, names, vosr, tile, batch, steps, seed, cfg_scale, al
         return z[..., top:top + h, left:left + w]
 
     def paint(top, left, h, w):  # -> grey levels (n, 3, 8h, 8w)
-        images = (vosr.decode(latent(top, left, h, w)) * 0.5 + 0.5).clamp(0, 1)
-        if not images.isfinite().all():
+        images = vosr.decode(z_tile := latent(top, left, h, w))
+        if not (z_tile.isfinite().all() and images.isfinite().all()):
             raise FloatingPointError("the result is not finite")
+        images = (images * 0.5 + 0.5).clamp(0, 1)
         if color == "wavelet":
             references = crop(top, left, h, w) * 0.5 + 0.5
             images = torch.stack([wavelet(*pair) for pair in zip(images, references, strict=True)])
         return 255 * images
 
-    def spread(cut):  # 16 windows all over the picture, so that flat margins count as they should
-        ys, xs = (np.linspace(0, n - min(24, n), 4).astype(int).tolist() for n in (height, width))
-        return torch.cat([cut(y, x, min(24, height), min(24, width)) for y in ys for x in xs])
+    def spread(cut):  # 16 windows all over the picture, together as large as a tile
+        rows, cols = (min(n, max(8, tile // 4)) for n in (height, width))
+        ys, xs = (np.linspace(0, n - m, 4).astype(int).tolist() for n, m in ((height, rows), (width, cols)))
+        return torch.cat([cut(y, x, rows, cols) for y in ys for x in xs])
 
     with shared_norms(vosr.vae, places[1:] and (lambda: vosr.encode(spread(crop)))):
         c_str = torch.cat([band for _, band in assemble(encode, height, width, tile)], dim=-2)
@@ -307,7 +304,8 @@ def restore(pictures, size, names, vosr, tile, batch, steps, seed, cfg_scale, al
 def free_memory(device):
     """Bytes; plenty where it is not known."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + idle
     about = Path("/proc/meminfo").read_text() if sys.platform == "linux" else "MemAvailable: 999999999999"
     return 1024 * int(re.search(r"MemAvailable: *(\d+)", about)[1])
 
@@ -315,28 +313,28 @@ def free_memory(device):
 def retry(pictures, size, names, vosr, tile, options):
     """restore all, with as much at a time as free memory holds; again in fp32 if a value is not finite.
 
-    On a CPU one tile at a time: more are not faster, and a picture is the same, alone or among others.
-    """
-    device, side, bundle, done = next(vosr.parameters()).device, min(tile or max(size), max(size)), vosr, []
-    need = side**2 * (1_000 if vosr.dit.cfg.ae_type == "tiny" else 7_000)  # bytes, at the peak
-    tiles = free_memory(device) / need
+    On a CPU one tile at a time: more are not faster, and a picture is the same, alone or among others."""
+    device, bundle, exact, done = next(vosr.parameters()).device, vosr, False, []
+    pixels = math.prod(min(tile or side, side) for side in size)  # of a tile; then bytes, at the peak
+    tiles = free_memory(device) / pixels / (1_000 if vosr.dit.cfg.ae_type == "tiny" else 7_000)
     batch = min(8, max(1, int(tiles / 2))) if device.type == "cuda" else 1
-    if tiles < 1 and side > 128:
-        tile = max(128, int(side * tiles**0.5))
+    if tiles < 1 and pixels > 128**2:
+        tile = max(128, int((pixels * tiles) ** 0.5))
         print(f"{names[0]}: little memory is free, --tile {tile}", file=sys.stderr)
     while len(done) < len(pictures):
         alone = tile and max(size) > tile // GRID * GRID
         some = slice(len(done), len(done) + (1 if alone else batch))
         try:
+            bundle = in_fp32(vosr) if exact else vosr
             done += restore(pictures[some], size, names[some], bundle, tile, batch, *options)
-            bundle = vosr
+            exact = False
         except FloatingPointError as reason:
             if bundle.half is None:
                 raise
             print(f"{names[some]}: {reason} in {vosr.half}, computed again in fp32", file=sys.stderr)
-            bundle = in_fp32(vosr)
+            exact = True
         except (MemoryError, RuntimeError) as reason:
-            if isinstance(reason, RuntimeError) and not re.search("out of mem|allocate mem", str(reason)):
+            if isinstance(reason, RuntimeError) and not re.search("(?i)of mem|enough mem|alloc", str(reason)):
                 raise
             tile = min(tile or max(size), max(size))
             if tile <= 128 and batch == 1:
@@ -359,19 +357,18 @@ def passes(size, wanted):
 def upscale(image, vosr, scale=4, steps=0, seed=42, name="image", cfg_scale=None, alpha=0.1, tile=512,
             color="wavelet", fidelity=0.0, posterior="mode", size=None, progress=False):
     """Picture -> picture of round(scale * side) pixels, or of size = (width, height); any side from 1.
-
     image: PIL, or a tensor (3, H, W) in [0, 1], or a list of them, all of one size, with a list of names; the
     result is of the same kind. vosr comes from `load`, the options are those of the command line. Beyond x4
     it takes several passes. (seed, name) decide the noise; sampling starts from tau (1 - fidelity) noise,
     where tau is the model's own; cfg_scale (None: the model's own) and alpha act in multi-step models only
-    (Eq. 2). Transparency is enlarged by bicubic. Raises ValueError.
-    """
+    (Eq. 2). Transparency is enlarged by bicubic. Raises ValueError."""
     images, names = (image, name) if isinstance(image, list) else ([image], [name])
-    if color not in COLORS or any(torch.is_tensor(i) and i.shape[:-2] != (3,) for i in images):
-        raise ValueError(f"upscale takes PIL or (3, H, W), color {', '.join(COLORS)}; got {color!r}")
+    wrong = any(torch.is_tensor(i) and (i.shape[:-2] != (3,) or not i.is_floating_point()) for i in images)
+    if wrong or color not in COLORS:
+        raise ValueError(f"upscale takes PIL or float tensors (3, H, W), and color {', '.join(COLORS)}")
     parts = [data.split_picture(data.to_pillow(i) if torch.is_tensor(i) else i) for i in images]
     pictures, results = [part.rgb for part in parts], []
-    if len({p.size for p in pictures}) > 1 or len(names) != len(images):
+    if len({p.size for p in pictures}) > 1 or isinstance(names, str) or len(names) != len(images):
         raise ValueError("pictures that are enlarged together have one size, and a name each")
     size = tuple(size or (max(1, round(scale * side)) for side in pictures[0].size))
     options = (steps or vosr.defaults["steps"], seed, cfg_scale, alpha, color, fidelity, posterior, progress)
@@ -382,18 +379,17 @@ def upscale(image, vosr, scale=4, steps=0, seed=42, name="image", cfg_scale=None
         if part.alpha:
             result.putalpha(part.alpha.resize(size, Image.Resampling.BICUBIC))
         result.info = dict(icc_profile=part.icc, notes=part.notes)
-        tensor = torch.is_tensor(given)
-        results.append(torch.from_numpy(np.array(rgb)).permute(2, 0, 1) / 255 if tensor else result)
+        if torch.is_tensor(given):
+            result = torch.from_numpy(np.array(rgb)).permute(2, 0, 1).to(given.device) / 255
+        results.append(result)
     return results if isinstance(image, list) else results[0]
 
 
 # ---------------------------------------------------------------- models
 def ready(vosr, args=None, half=None, device="auto", source=None):
     """Put a bundle on its device, in eval mode, and note as attributes how it wants to be sampled.
-
     args: the args.json of its DiT, whose folder is `source`; half: dtype of products and attention in DiT and
-    semantic encoder, None for fp32. one_step: a student, no guidance. tau: amplitude of its starting noise.
-    """
+    semantic encoder, None: fp32. one_step: a student, no guidance. tau: amplitude of its starting noise."""
     vosr.args, vosr.half, vosr.source = args or {}, half, source
     vosr.one_step = vosr.dit.cfg.auxiliary_time_cond or vosr.args.get("distill_type") == "onestep"
     vosr.tau, ae_type = float(vosr.args.get("tau") or 1), vosr.dit.cfg.ae_type
@@ -402,7 +398,6 @@ def ready(vosr, args=None, half=None, device="auto", source=None):
     return vosr.eval().requires_grad_(False).to(choose_device(device))
 
 
-@lru_cache(maxsize=1)
 def in_fp32(vosr):
     """The same bundle in fp32; weights that were rounded on loading are read again."""
     dit, device = load_dit(vosr.source) if vosr.source else vosr.dit, next(vosr.parameters()).device
@@ -454,6 +449,7 @@ def load(model="tiny", steps=1, weights="weights", dtype="auto", device="auto"):
     folder, name = find_model(model, steps, weights)
     require(published_files(name) if name else (), weights, name)
     (path, args), row = read_settings(folder), DEFAULTS.get(name, {})
+    torch.backends.cudnn.allow_tf32 = dtype != "fp32"  # PyTorch's default rounds convolutions to 10 bits
     half = HALF[dtype if dtype != "auto" else "fp16" if choose_device(device).type == "cuda" else "fp32"]
     ae_type, wanted = args.get("ae_type"), [row["ae_type"]] if row else list(FROZEN)
     if ae_type not in wanted:
@@ -522,14 +518,16 @@ def opened(source, target, cfg):
     if any(map(int.__lt__, size, image.size)):
         raise ValueError(f"{source} is {image.width}x{image.height}: {cfg.size or cfg.long} would shrink it")
     data.check_format(target, size)
+    if (need := 8 * math.prod(size)) > (free := free_memory(torch.device("cpu"))):  # output and latents
+        raise ValueError(f"{source}: {size[0]}x{size[1]} take {need / 1e9:.0f} GB, {free / 1e9:.0f} are free")
     return source, target, image, size
 
 
 def run(jobs, vosr, cfg):
     """Pictures of one size, from files to files; prints a line for each and takes it off the list `jobs`."""
-    start, names, images = time.perf_counter(), [job[0].name for job in jobs], [job[2] for job in jobs]
-    pictures = upscale(images, vosr, None, cfg.steps, cfg.seed, names, cfg.cfg_scale, cfg.alpha, cfg.tile,
-                       cfg.color, cfg.fidelity, cfg.posterior, jobs[0][3], progress=True)
+    start, (sources, _, images, _) = time.perf_counter(), zip(*jobs, strict=True)
+    pictures = upscale(list(images), vosr, 0, cfg.steps, cfg.seed, [s.name for s in sources], cfg.cfg_scale,
+                       cfg.alpha, cfg.tile, cfg.color, cfg.fidelity, cfg.posterior, jobs[0][3], True)
     seconds = (time.perf_counter() - start) / len(jobs)
     for picture in pictures:
         source, target, image, _ = jobs[0]
@@ -545,7 +543,7 @@ def run(jobs, vosr, cfg):
 def main():
     cfg = cli(Config)
     check(cfg)
-    jobs = plan(cfg)
+    jobs, _ = plan(cfg), find_model(cfg.model, cfg.steps, cfg.weights)  # or ValueError
     todo = [(s, t) for s, t in jobs if cfg.overwrite or not (t.is_file() and t.stat().st_size)]
     if len(todo) < len(jobs):
         print(f"{len(jobs) - len(todo)} of {len(jobs)} outputs exist, by any model; --overwrite redoes them")
@@ -559,7 +557,6 @@ def main():
             die(f"{folder} is not writable ({reason.strerror}); name another folder with -o")
     if not todo:
         return
-    torch.backends.cudnn.allow_tf32 = cfg.dtype != "fp32"  # PyTorch's default rounds convolutions to 10 bits
     vosr = load(cfg.model, cfg.steps, cfg.weights, cfg.dtype, cfg.device)
     cfg.steps = cfg.steps or vosr.defaults["steps"]
     for block in vosr.dit.blocks if cfg.compile else ():
@@ -571,26 +568,29 @@ def main():
     failed, batch = [], 8 if next(vosr.parameters()).is_cuda else 1
 
     @contextmanager
-    def others_go_on(group):
+    def others_go_on(source):
         try:
             yield
         except (ValueError, OSError, FloatingPointError, MemoryError) as reason:
-            sources = [str(source) for source, *_ in group]
-            reason = str(reason) if sources[0] in str(reason) else f"{', '.join(sources)}: {reason}"
+            reason = str(reason) if str(source) in str(reason) else f"{source}: {reason}"
             if len(jobs) == 1:
                 die(reason)
             print("error:", reason, file=sys.stderr)
-            failed.extend(sources)
+            failed.append(str(source))
 
     def pictures():
         for job in todo:
-            with others_go_on([job]):
+            with others_go_on(job[0]):
                 yield opened(*job, cfg)
 
     for (_, size), alike in itertools.groupby(pictures(), key=lambda job: (job[2].size, job[3])):
         while group := list(itertools.islice(alike, batch if max(size) <= cfg.tile else 1)):
-            with others_go_on(group):
-                run(group, vosr, cfg)
+            if len(group) > 1:
+                with suppress(ValueError, OSError, FloatingPointError, MemoryError):
+                    run(group, vosr, cfg)
+            for job in list(group):  # alone, or left over because one of the group fails
+                with others_go_on(job[0]):
+                    run([job], vosr, cfg)
     if failed:
         print(f"error: {len(failed)} of {len(jobs)} failed: {', '.join(failed)}", file=sys.stderr)
         sys.exit(1)

@@ -23,6 +23,7 @@ from PIL import Image, ImageDraw
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
 
 import model
@@ -148,6 +149,13 @@ def place(name="auto"):
     return rank, world, device
 
 
+def pair(batch, cfg, device, *key):
+    """Crops by data.Crops -> hr, lr (B, 3, R, R) in [-1, 1]; an lr that is no picture of its own is drawn."""
+    hr, lr, paired = (part.to(device, non_blocking=True) for part in batch)
+    made = degrade(hr / 255, keyed_generator("cpu", cfg.seed, *key), cfg.degradation, per_batch=cfg.per_batch)
+    return hr / 127.5 - 1, torch.where(per_sample(paired), lr / 255, made) * 2 - 1
+
+
 def batches(cfg, prepare, start, rank, world, device):
     """Yield the tensors that prepare makes of each micro-batch from number `start` on: of hr and enlarged lr,
     (B, 3, R, R) in [-1, 1]."""
@@ -157,15 +165,11 @@ def batches(cfg, prepare, start, rank, world, device):
         print(describe(crops.source), flush=True)
 
     def load(numbers):
-        """Micro-batches with these numbers; the numbers of the crops in them follow from rank and number."""
         first = (n * cfg.train_batch_size + rank * local for n in numbers)
-        loader = torch.utils.data.DataLoader(crops, batch_sampler=(range(i, i + local) for i in first),
-                                             num_workers=cfg.num_workers, pin_memory=device.type == "cuda")
+        loader = DataLoader(crops, batch_sampler=(range(i, i + local) for i in first),
+                            num_workers=cfg.num_workers, pin_memory=device.type == "cuda")
         for number, batch in zip(numbers, loader, strict=True):
-            hr, lr, paired = (part.to(device, non_blocking=True) for part in batch)
-            generator = keyed_generator("cpu", cfg.seed, "degrade", number, rank)
-            made = degrade(hr / 255, generator, cfg.degradation, per_batch=cfg.per_batch)
-            yield prepare(hr / 127.5 - 1, torch.where(per_sample(paired), lr / 255, made) * 2 - 1)
+            yield prepare(*pair(batch, cfg, device, "degrade", number, rank))
 
     total = cfg.max_train_steps * cfg.gradient_accumulation_steps
     if not cfg.cache:
@@ -201,8 +205,7 @@ def save(cfg, done, net, ema, opt):
         write_whole(out / "last", lambda path: path.write_text(name + "\n"))
     except (OSError, RuntimeError, SafetensorError) as reason:
         raise ValueError(f"{out / name} cannot be written, those before it are whole: {reason}") from None
-    old = [path for path in sorted(out.glob("step-*")) if path.name < name]
-    for path in old[:len(old) - cfg.keep + 1]:
+    for path in sorted(p for p in out.glob("step-*") if p.name < name)[:1 - cfg.keep or None]:
         if not cfg.keep_every or int(path.name[5:]) % cfg.keep_every:
             shutil.rmtree(path)
 
@@ -212,11 +215,10 @@ MAY_CHANGE = ("out", "export", "device", "compile", "recompute", "num_workers", 
 
 
 def resume(cfg, net, ema, opt):
-    """Load the checkpoint that OUT/last names into net, ema and opt; returns its step, 0 if there is none.
+    """Load the newest checkpoint of OUT into net, ema and opt; returns its step, 0 if there is none.
     ValueError when it was made with other settings than this call's, but for those that may change."""
-    if not (Path(cfg.out) / "last").is_file():
+    if (folder := model.model_folder(cfg.out)) == Path(cfg.out):
         return 0
-    folder = model.model_folder(cfg.out)
     _, stored = model.read_settings(folder)
     for name, now in json.loads(json.dumps(asdict(cfg))).items():
         if name not in MAY_CHANGE and stored.get(name, now) != now:
@@ -297,16 +299,17 @@ def run(cfg, net, loss_fn, prepare, preview):
         print(f"{weights / 1e6:.2f} M parameters, {world} x {device}, {start} of {cfg.max_train_steps} steps")
         write_whole(out / "log.jsonl", lambda p: p.write_text("".join(json.dumps(row) + "\n" for row in log)))
         write_whole(out / "args.json", lambda p: p.write_text(json.dumps(settings(cfg), indent=1)))
-    for block in net.blocks if cfg.compile and hasattr(net, "blocks") else ():
+    for block in getattr(net, "blocks", ()) if cfg.compile else ():
         block.compile()
     objective = Objective(net, loss_fn)
     ddp = DistributedDataParallel(objective) if world > 1 else objective
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     micros, seen = cfg.gradient_accumulation_steps, cfg.gradient_accumulation_steps * cfg.train_batch_size
     stream = batches(cfg, prepare, start * micros, rank, world, device)
-    mine = range(rank * 64 // world, (rank + 1) * 64 // world)
+    mine = range(rank, max(64, world), world)
     held_out = prepare(*preview_pairs(cfg, device, cfg.val_data, mine)) if cfg.val_data else None
-    stop, status = [], torch.zeros(12 + world, device=device)  # loss, by t, stop, val, first bad steps
+    status, stop = torch.zeros(12 + world, device=device), []  # loss, by t, stop, val, first bad steps
+    by_t = status[1:9].view(2, 4)
     signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
     logged, waited, tick = start, 0.0, time.perf_counter()
 
@@ -316,12 +319,11 @@ def run(cfg, net, loss_fn, prepare, preview):
         loss = 0.0
         for micro in range(micros):
             ddp.require_backward_grad_sync = micro == micros - 1            # one all-reduce per step
-            generator = keyed_generator(device, cfg.seed, step, micro, rank)  # resumed: same numbers
             waited -= time.perf_counter()
             batch = next(stream)
             waited += time.perf_counter()
             with autocast:
-                part = ddp(batch, generator, status[1:9].view(2, 4)) / micros
+                part = ddp(batch, keyed_generator(device, cfg.seed, step, micro, rank), by_t) / micros
             part.backward()
             loss += part.detach()
         norm = torch.nn.utils.clip_grad_norm_(trained, cfg.max_grad_norm)
@@ -384,11 +386,9 @@ def frozen(cfg, device):
 
 
 def preview_pairs(cfg, device, source="", numbers=range(4)):
-    """Crops with these numbers, of the source or of --data, degraded: hr, lr (n, 3, R, R) in [-1, 1]."""
+    """Crops with these numbers, of the source or of --data -> hr, lr (n, 3, R, R) in [-1, 1]."""
     crops = Crops(open_source(source or cfg.data), cfg.resolution, cfg.seed)
-    hr = torch.stack([crops[i][0] for i in numbers]).to(device) / 255
-    generator = keyed_generator("cpu", cfg.seed, "preview", *numbers[:1])
-    return hr * 2 - 1, degrade(hr, generator, cfg.degradation) * 2 - 1
+    return pair(default_collate([crops[i] for i in numbers]), cfg, device, "preview", numbers[0])
 
 
 def check(cfg):

@@ -163,8 +163,39 @@ def test_tiles_get_smaller_when_little_memory_is_free(student, monkeypatch, caps
     assert capsys.readouterr().err.count("little memory is free, --tile") == 2
 
 
+def test_one_failing_picture_of_a_group_spoils_no_other(weights, tmp_path, monkeypatch, capsys):
+    """As on a GPU, where pictures of one size go together: here the third of four cannot be written."""
+    for name in "abcd":
+        picture(8, 8).save(tmp_path / f"{name}.png")
+    real = sample.data.write_image
+    monkeypatch.setattr(sample.data, "write_image", lambda path, *rest: real(
+        path if path.stem[0] != "c" else tmp_path / "no" / "c.png", *rest))
+    monkeypatch.setattr(torch.nn.Parameter, "is_cuda", True, raising=False)
+    words = ["sample.py", f"--weights={weights}", "--device=cpu", str(tmp_path)]
+    monkeypatch.setattr(sample.sys, "argv", words)
+    with pytest.raises(SystemExit) as stop:
+        sample.main()
+    assert stop.value.code == 1 and "1 of 4 failed" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.glob("*_x4.png")) == ["a_x4.png", "b_x4.png", "d_x4.png"]
+
+
+def test_an_output_that_no_memory_holds_is_refused_before_the_work(student, tmp_path, monkeypatch):
+    picture(8, 8).save(tmp_path / "a.png")
+    monkeypatch.setattr(sample, "free_memory", lambda device: 1e9)
+    cfg = sample.Config(size="20000x20000")
+    with pytest.raises(ValueError, match="20000x20000 take 3 GB, 1 are free"):
+        sample.opened(tmp_path / "a.png", tmp_path / "b.png", cfg)
+
+
+def test_infinite_latents_are_noticed(student, monkeypatch):
+    monkeypatch.setattr(VOSR, "velocity", lambda self, z, *rest: z + float("inf"))
+    with pytest.raises(FloatingPointError):
+        upscale(picture(10, 10), student)
+
+
 def test_wrong_arguments_of_the_library_are_named(student):
-    for image, options in ((torch.zeros(4, 8, 8), {}), (torch.zeros(8, 8), {}),
+    for image, options in ((torch.zeros(4, 8, 8), {}), (torch.zeros(8, 8), {}), (torch.zeros(1, 3, 8, 8), {}),
+                           (torch.zeros(3, 8, 8, dtype=torch.uint8), {}),
                            (picture(8, 8), dict(color="blue"))):
         with pytest.raises(ValueError, match=r"\(3, H, W\)"):
             upscale(image, student, **options)
