@@ -199,7 +199,7 @@ def distil(cfg, device):
 
     @torch.no_grad()
     def prepare(hr, lr):
-        z0, c_str = vosr.encode(torch.cat([hr, lr])).chunk(2)
+        z0, c_str = vosr.encode(torch.cat([hr, lr])).float().chunk(2)
         return z0, c_str, vosr.semantic_tokens(lr)
 
     def loss_fn(net, batch, generator, log):

@@ -319,10 +319,10 @@ def run(cfg, net, loss_fn, prepare, preview):
         loss = 0.0
         for micro in range(micros):
             ddp.require_backward_grad_sync = micro == micros - 1            # one all-reduce per step
-            waited -= time.perf_counter()
-            batch = next(stream)
-            waited += time.perf_counter()
-            with autocast:
+            with autocast:                                                  # of the frozen networks, too
+                waited -= time.perf_counter()
+                batch = next(stream)
+                waited += time.perf_counter()
                 part = ddp(batch, keyed_generator(device, cfg.seed, step, micro, rank), by_t) / micros
             part.backward()
             loss += part.detach()
@@ -417,7 +417,7 @@ def main():
 
     @torch.no_grad()
     def prepare(hr, lr):
-        z0, c_str = vosr.encode(torch.cat([hr, lr])).chunk(2)
+        z0, c_str = vosr.encode(torch.cat([hr, lr])).float().chunk(2)
         return z0, c_str, vosr.semantic_tokens(lr) if vosr.semantic_encoder else lr  # tiny: see tokens
 
     def tokens(net, c_sem):
