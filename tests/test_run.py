@@ -82,7 +82,7 @@ def test_old_checkpoints_go_except_the_newest_and_the_milestones(tmp_path):
     assert len({row["val"] for row in rows}) == 8 and "loss_t3" in {name for row in rows for name in row}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("sign, code", [(signal.SIGTERM, 0), (signal.SIGKILL, -9)])
 def test_a_run_that_is_stopped_goes_on_to_the_same_end(tmp_path, sign, code):
     """SIGTERM writes a checkpoint first; after SIGKILL the last one counts."""
@@ -102,7 +102,7 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_end(tmp_path, sign, code):
         assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_loss_that_is_not_a_number_names_step_and_rank_and_spoils_nothing(tmp_path):
     """On the second of two ranks at step 5; what was saved at step 3 is finite."""
     code = ("import os, sys, torch, train, config\n"
@@ -119,7 +119,7 @@ def test_a_loss_that_is_not_a_number_names_step_and_rank_and_spoils_nothing(tmp_
     assert all(value.isfinite().all() for part in final(tmp_path / "run") for value in part.values())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_full_disk_loses_nothing_that_was_saved(tmp_path):
     start(tmp_path / "run", "3", "--cache", "8")
     before = {path: path.read_bytes() for path in (tmp_path / "run").glob("step-*/*")}
@@ -132,7 +132,7 @@ def test_a_full_disk_loses_nothing_that_was_saved(tmp_path):
         assert {path: path.read_bytes() for path in (tmp_path / "run").glob("step-*/*")} == before
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_torchrun_restarts_a_killed_rank_and_ends_at_the_same_weights(tmp_path):
     """The second of two ranks dies at step 5 of the first attempt; the second one goes on from step 3."""
     code = ("import os, signal, train, config\n"
