@@ -152,7 +152,8 @@ def place(name="auto"):
 def pair(batch, cfg, device, *key):
     """Crops by data.Crops -> hr, lr (B, 3, R, R) in [-1, 1]; an lr that is no picture of its own is drawn."""
     hr, lr, paired = (part.to(device, non_blocking=True) for part in batch)
-    made = degrade(hr / 255, keyed_generator("cpu", cfg.seed, *key), cfg.degradation, per_batch=cfg.per_batch)
+    made = hr if batch[2].all() else degrade(  # pairs alone need none
+        hr / 255, keyed_generator("cpu", cfg.seed, *key), cfg.degradation, per_batch=cfg.per_batch)
     return hr / 127.5 - 1, torch.where(per_sample(paired), lr / 255, made) * 2 - 1
 
 
@@ -262,12 +263,11 @@ def rate(cfg, step):
 
 def plot_loss(log, path):
     """PNG of the losses over the steps, on a logarithmic scale; log: list of dicts with step and loss."""
-    steps, heights = zip(*((row["step"], math.log(max(row["loss"], 1e-9))) for row in log), strict=True)
-    low, high, image = min(heights), max(heights), Image.new("RGB", (640, 360), "white")
-    text = f"loss {math.exp(low):.4g} to {math.exp(high):.4g}, step 0 to {steps[-1]}"
-    ImageDraw.Draw(image).text((40, 328), text, "black")
-    ImageDraw.Draw(image).line([(40 + 560 * step / steps[-1], 320 - 280 * (y - low) / max(high - low, 0.01))
-                                for step, y in zip(steps, heights, strict=True)], "blue", 2)
+    steps, ys = zip(*((row["step"], math.log(max(row["loss"], 1e-9))) for row in log), strict=True)
+    low, high, canvas = min(ys), max(ys), ImageDraw.Draw(image := Image.new("RGB", (640, 360), "white"))
+    canvas.text((40, 328), f"loss {math.exp(low):.4g} to {math.exp(high):.4g}, to step {steps[-1]}", "black")
+    canvas.line([(40 + 560 * step / steps[-1], 320 - 280 * (y - low) / max(high - low, 0.01))
+                 for step, y in zip(steps, ys, strict=True)], "blue", 2)
     write_whole(path, image.save)
 
 
@@ -345,7 +345,7 @@ def run(cfg, net, loss_fn, prepare, preview):
         total = status.clone()
         if world > 1:
             dist.all_reduce(total)
-        if bad := int(total[11]) // world:
+        if bad := round(float(total[11]) / world):
             ranks = [k for k in range(world) if total[12 + k]] or "all"
             raise FloatingPointError(f"not finite: step {bad}, crops from {(bad - 1) * seen}, rank {ranks}; "
                                      "lower --learning_rate; the same command goes on before it")

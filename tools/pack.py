@@ -43,7 +43,6 @@ from config import cli, die, launch
 COLUMNS = ("key", "name", "type", "bytes", "width", "height", "gradient", "sharpness", "entropy", "hash",
            "cluster", "verdict")
 VERDICTS = ("kept", "unreadable", "small", "flat", "blurred", "few levels", "duplicate", "cluster full")
-LARGEST = 2**28  # bytes of a file; data.py reads no larger member of a tar
 COLOURS = ("red", "orange", "lime", "green", "cyan", "blue", "purple", "pink")  # 45 degrees of hue each
 LOW = sorted(np.ndindex(11, 11), key=lambda uv: (sum(uv), uv))[1:65]  # lowest frequencies without the mean
 COSINES = np.cos(math.pi / 32 * np.arange(11)[:, None] * (np.arange(32) + 0.5))  # (11, 32), rows of a DCT
@@ -72,7 +71,7 @@ def content(source, k):
     name, start, size = members[n] if n < len(members) else (str(n), 0, 0)
     with open(path, "rb") as file:
         file.seek(start)
-        return f"{path}/{name}" if name else path, file.read(size) if size <= LARGEST else b""
+        return f"{path}/{name}" if name else path, file.read(size) if size <= data.MAX_BYTES else b""
 
 
 def energy(x):
@@ -123,7 +122,7 @@ def examine(source, k):
     try:
         name, body = content(source, k)
         if not body:
-            raise ValueError(f"missing, empty, or more than {LARGEST} bytes")
+            raise ValueError(f"missing, empty, or more than {data.MAX_BYTES} bytes")
         picture = data.open_picture(name, content=body)  # as training will read it
         suffix, kind = Path(name).suffix.lower(), picture.format.lower()
         suffix = suffix if suffix in data.SUFFIXES else f".{kind}"
