@@ -1,7 +1,6 @@
 """Settings of every script: a dataclass at the top of the file, filled from the command line.
 
-Order: default < preset < what was typed; nothing else. A field's comment is its help text, its default
-its type.
+Order: default < preset < what was typed. A field's comment is its help text, its default its type.
 """
 import difflib
 import inspect
@@ -32,9 +31,7 @@ def launch(work):
 
 def cli(Config, presets=None, argv=None):
     """Fill Config: its defaults, then --preset NAME, then each option given; other words go to `inputs`.
-
-    A field `from_` is typed --from. Raises SystemExit: 0 after --help, 2 with one line on a wrong call.
-    """
+    A field `from_` is typed --from. Raises SystemExit: 0 after --help, 2 with one line on a wrong call."""
     argv, presets, given = list(sys.argv[1:] if argv is None else argv), presets or {}, {}
     default = {f.name: f.default for f in fields(Config)}
     if {"-h", "--help"} & set(argv):
@@ -75,6 +72,15 @@ def cli(Config, presets=None, argv=None):
     if preset and preset not in presets:
         die(f"unknown preset {preset!r}, choose one of: {', '.join(presets)}")
     return Config(**(presets.get(preset, {}) | given))
+
+
+def validate(cfg, **rules):
+    """Die unless each setting named here is one of its rule's words, or at least its rule's number."""
+    for name, rule in rules.items():
+        value, least = getattr(cfg, name), isinstance(rule, int)
+        if value < rule if least else value not in rule:
+            wanted = f"starts at {rule}" if least else f"is one of {', '.join(rule)}"
+            die(f"--{name} {wanted}, got {value!r}")
 
 
 def show(cfg):

@@ -17,6 +17,7 @@ import train
 from config import cli, die, launch
 from data import keyed_generator
 from model import (
+    BESIDE,
     DiT,
     ModelConfig,
     TinyAutoencoder,
@@ -214,10 +215,9 @@ def distil(cfg, device):
         noise = torch.randn(z0.shape, generator=keyed_generator(device, cfg.seed, "noise"), device=device)
         return torch.stack([lr, vosr.decode(one_step(net, cfg.tau * noise, c_str, c_sem)), hr])
 
-    ema = run(cfg, student, loss_fn, prepare, preview)
-    if cfg.ae_type == "tiny":
-        del ema.semantic_encoder                                            # the family has it already
-    return "os", ema, settings(cfg, paths=False), "args.json"
+    tensors = run(cfg, student, loss_fn, prepare, preview)
+    tensors = {n: v for n, v in tensors.items() if not n.startswith(BESIDE)}    # the family has it already
+    return "os", tensors, settings(cfg, paths=False), "args.json"
 
 
 # ---------------------------------------------------------------- autoencoders
@@ -254,8 +254,8 @@ def autoencoder(cfg, device):
     hr, _ = preview_pairs(cfg, device)
     shape = {"latent_channels": 16, "widths": [64, 96]}
     vae = TinyAutoencoder(**shape).to(memory_format=torch.channels_last)        # 1.3 times faster on a CPU
-    ema = run(cfg, vae, loss_fn, prepare, lambda vae: torch.stack([hr, vae.decode(vae.encode(hr))]))
-    return "vae", ema, shape, "config.json"
+    tensors = run(cfg, vae, loss_fn, prepare, lambda vae: torch.stack([hr, vae.decode(vae.encode(hr))]))
+    return "vae", tensors, shape, "config.json"
 
 
 def decoder(cfg, device):
@@ -291,8 +291,8 @@ def decoder(cfg, device):
         z0 = restored(*prepare(hr, lr)[1:], keyed_generator(device, cfg.seed, "noise"))
         return torch.stack([lr, vosr.decode(z0), vae.decode(z0), hr])
 
-    ema = run(cfg, vae, loss_fn, prepare, preview)
-    return "vae", ema, read_json(vae_path / "config.json"), "config.json"
+    tensors = run(cfg, vae, loss_fn, prepare, preview)
+    return "vae", tensors, read_json(vae_path / "config.json"), "config.json"
 
 
 def main():

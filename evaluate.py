@@ -27,10 +27,10 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from config import cli, die
+from config import cli, die, validate
 from data import DEGRADATIONS, SUFFIXES, degrade, open_source, read_levels, write_image
 from model import find_weights
-from sample import HALF, find_model, load, upscale
+from sample import COLORS, HALF, find_model, load, upscale
 
 # scale, and the paper's guidance for multi-step models
 PROTOCOLS = {"folder": 4, "realsr": 4, "screensr": 1, "pairs": 4}  # scale
@@ -453,13 +453,8 @@ def restore(cfg, vosr, lr, name, stem):
 
 def prepare(cfg):
     """Check a call, fill in what protocol and model decide -> cfg, pairs, finished pictures, vosr or None."""
-    known = dict(protocol=PROTOCOLS, color=("wavelet", "adain", "none"), dtype=("auto", *HALF))
-    for name, values in known.items():
-        if getattr(cfg, name) not in values:
-            die(f"--{name} is one of {', '.join(values)}, got {getattr(cfg, name)!r}")
-    for name, least in dict(seeds=1, steps=0, scale=0, limit=0, tile=0).items():
-        if getattr(cfg, name) < least:
-            die(f"--{name} starts at {least}, got {getattr(cfg, name)}")
+    validate(cfg, protocol=PROTOCOLS, color=COLORS, dtype=("auto", *HALF), seeds=1, steps=0, scale=0, limit=0,
+             tile=0)
     if not cfg.data:
         die("--data is needed: the photos, or the folder of HR/ and LR/")
     cfg = replace(cfg, scale=cfg.scale or PROTOCOLS[cfg.protocol])

@@ -46,6 +46,7 @@ class ModelConfig:
     ae_type: str = "sd2"  # autoencoder: tiny, sd2 or qwen
     dinov2_size: int = 448  # side in pixels of what the DINOv2 encoder sees
     layer_dinov2b_list: tuple = (8,)  # DINOv2 block, counted from 0, whose tokens are the semantics
+    semantics: bool = True  # False: trained without a semantic encoder, the first row of Table 6
     auxiliary_time_cond: bool = False  # one-step network: has the embedder of the target time r
 
 
@@ -53,7 +54,6 @@ class ModelConfig:
 # nn.RMSNorm only holds the gains here; kernels.norm has the formula.
 class TimeEmbedder(nn.Module):
     """s (B,) in [0, 1], used as it is (not times 1000) -> (B, D). Cosines first."""
-
     def __init__(self, dim):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
@@ -70,8 +70,7 @@ def rope_table(height, width, native, head_dim, device):
     """Rotary angles of a height x width token grid: cos, sin (height * width, head_dim / 2), row-major.
 
     First half of the pairs turns with the row, second half with the column. Each axis is stretched or
-    squeezed to the native extent, so sizes other than the training size see positions they know.
-    """
+    squeezed to the native extent, so sizes other than the training size see positions they know."""
     count = partial(torch.arange, dtype=torch.float64, device="cpu")                  # mps has no float64
     frequencies = 10_000 ** (-count(head_dim // 4) / (head_dim // 4))
     rows, cols = (count(n) / n * native for n in (height, width))
@@ -82,7 +81,6 @@ def rope_table(height, width, native, head_dim, device):
 
 class RopeBuffers(nn.Module):
     """The native table as published files store it, every entry twice; kept so that files load both ways."""
-
     def __init__(self, native, head_dim):
         super().__init__()
         cos, sin = rope_table(native, native, native, head_dim, torch.device("cpu"))
@@ -92,7 +90,6 @@ class RopeBuffers(nn.Module):
 
 class Attention(nn.Module):
     """Self-attention over image tokens with normed queries and keys and rotary positions."""
-
     def __init__(self, dim, heads):
         super().__init__()
         self.heads = heads
@@ -107,7 +104,6 @@ class Attention(nn.Module):
 
 class CrossAttention(nn.Module):
     """Image tokens look at the semantic tokens; no positions (Sec. 3.2)."""
-
     def __init__(self, dim, heads):
         super().__init__()
         self.heads = heads
@@ -143,7 +139,6 @@ class Block(nn.Module):
 
     Time enters self-attention and SwiGLU as shift, scale and gate; cross-attention has no norm and no gate.
     """
-
     def __init__(self, cfg):
         super().__init__()
         self.norm1, self.norm2 = nn.RMSNorm(cfg.dim), nn.RMSNorm(cfg.dim)
@@ -191,9 +186,7 @@ class Mlp(nn.Module):
 class DiT(nn.Module):
     """Velocity v_theta(z_t, t, kappa); with auxiliary_time_cond the student f_theta(z_t, t, r, kappa).
 
-    The LightningDiT of the published models. Its output is zero at initialisation.
-    """
-
+    The LightningDiT of the published models. Its output is zero at initialisation."""
     def __init__(self, cfg):
         super().__init__()
         self.cfg, self.channels, self.recompute = cfg, LATENT_CHANNELS[cfg.ae_type], False
@@ -234,8 +227,7 @@ class DiT(nn.Module):
 
         h and w are multiples of the patch, equal or not. Zero c_sem means "no semantics": it still passes
         the projection, whose biases make it a learned constant. c_sem may be the `semantics` of the first
-        samples, the others have none then. Raises ValueError for other sides, or r missing or not wanted.
-        """
+        samples, the others have none then. Raises ValueError for other sides, or r missing or not wanted."""
         p, (height, width) = self.cfg.patch_size, (n // self.cfg.patch_size for n in z_t.shape[-2:])
         if z_t.shape[-2:] != (height * p, width * p):
             raise ValueError(f"latent sides must be multiples of {p}, got {tuple(z_t.shape[-2:])}")
@@ -263,8 +255,7 @@ class DiT(nn.Module):
 def partial_condition(c_str, c_sem, alpha):
     """kappa = (alpha c_str, no semantics), the weakly anchored branch of Sec. 3.3.
 
-    c_str (B, C, h, w), c_sem (B, N, enc_dim) or DiT.semantics, alpha a float or (B, 1, 1, 1).
-    """
+    c_str (B, C, h, w), c_sem (B, N, enc_dim) or DiT.semantics, alpha a float or (B, 1, 1, 1)."""
     return alpha * c_str, None if isinstance(c_sem, list) else torch.zeros_like(c_sem)
 
 
@@ -278,8 +269,7 @@ def guided_velocity(net, z, t, c_str, c_sem, alpha, cfg_scale):
     """Restoration-oriented guidance, paper Eq. 2: v_cfg = v_pcond + s (v_cond - v_pcond).
 
     cfg_scale 0 is the partial branch (invents), 1 the full branch (obeys the input).
-    z, c_str (B, C, h, w), t (B,), c_sem (B, N, enc_dim) or DiT.semantics of it -> (B, C, h, w) in float32.
-    """
+    z, c_str (B, C, h, w), t (B,), c_sem (B, N, enc_dim) or DiT.semantics of it -> (B, C, h, w) in float32."""
     v_cond, v_pcond = both_branches(net, z, t, (c_str, c_sem), partial_condition(c_str, c_sem, alpha))
     return v_pcond + cfg_scale * (v_cond - v_pcond)
 
@@ -300,7 +290,6 @@ def group_norm(channels, groups=32):
 
 class ChannelNorm(nn.Module):
     """Qwen: unit length over channels, times sqrt(channels) and a gain; no bias."""
-
     def __init__(self, channels):
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(channels, 1, 1))
@@ -322,7 +311,6 @@ class ResBlock(nn.Module):
 
 class PixelAttention(nn.Module):
     """Stable Diffusion: one head over all pixels."""
-
     def __init__(self, channels, norm):
         super().__init__()
         self.group_norm = norm(channels)
@@ -395,7 +383,6 @@ def sd_decoder(channels, layers, latent, norm=group_norm):
 
 class AutoencoderKL(nn.Module):
     """SD2.1 autoencoder, 4 channels, f8; load_vae can put the light decoder into it."""
-
     def __init__(self, block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
                  norm_num_groups=32, scaling_factor=0.18215):
         super().__init__()
@@ -441,7 +428,6 @@ def qwen_decoder(base, mult, layers, latent):
 
 class QwenVAE(nn.Module):
     """Qwen-Image autoencoder for single pictures, 16 channels, f8 (used by the 1.4B models)."""
-
     def __init__(self, latents_mean, latents_std, base_dim=96, z_dim=16, dim_mult=(1, 2, 4, 4),
                  num_res_blocks=2):
         super().__init__()
@@ -465,7 +451,6 @@ class QwenVAE(nn.Module):
 
 class TinyRes(nn.Module):
     """No norms: at full resolution they cost a laptop more than the convolutions."""
-
     def __init__(self, channels):
         super().__init__()
         self.conv1, self.conv2 = conv3(channels, channels), conv3(channels, channels)
@@ -479,9 +464,7 @@ class TinyRes(nn.Module):
 class TinyAutoencoder(nn.Module):
     """Own small autoencoder, 16 channels, f8, deterministic; trained by `distill.py --method autoencoder`.
 
-    latents_mean, latents_std (1, 16, 1, 1) normalise the latent; training measures them.
-    """
-
+    latents_mean, latents_std (1, 16, 1, 1) normalise the latent; training measures them."""
     def __init__(self, latent_channels=16, widths=(64, 96)):
         super().__init__()
         a, b = widths
@@ -527,7 +510,6 @@ class ViTBlock(nn.Module):
 
 class DINOv2(nn.Module):
     """Vision encoder of the published models; `layer` is the block, counted from 0, whose tokens are used."""
-
     def __init__(self, embed_dim=768, depth=12, num_heads=12, patch_size=14, mlp_ratio=4, img_size=518,
                  layer=8, size=448):
         super().__init__()
@@ -558,8 +540,7 @@ class DINOv2(nn.Module):
     def features(self, x, layer):
         """x (B, 3, h, w) preprocessed, sides multiples of 14 -> tokens after block `layer` (B, N, D).
 
-        The final norm applies after the last block only; later blocks are not run.
-        """
+        The final norm applies after the last block only; later blocks are not run."""
         height, width = (n // self.patch_size for n in x.shape[-2:])
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), self.patch_embed(x)], dim=1)
         x = x + self.positions(height, width)
@@ -573,7 +554,6 @@ class DINOv2(nn.Module):
 
 class TinySemanticEncoder(nn.Module):
     """Own small encoder: a token per 32 x 32 pixels of the enlarged LR image. It learns with the DiT."""
-
     def __init__(self, enc_dim=96):
         super().__init__()
         widths = (3, 32, 64, enc_dim)
@@ -588,15 +568,23 @@ class TinySemanticEncoder(nn.Module):
         return self.mix(x).flatten(2).transpose(1, 2)                                 # (B, N, enc_dim)
 
 
+class NoSemantics(nn.Module):
+    """In place of an encoder where a network was trained without one: zeros mean "no semantics"."""
+    def __init__(self, enc_dim):
+        super().__init__()
+        self.enc_dim = enc_dim
+
+    def forward(self, image):
+        return image.new_zeros(len(image), 1, self.enc_dim)                           # (B, N, enc_dim)
+
+
 # ---------------------------------------------------------------- the bundle
 class VOSR(nn.Module):
     """DiT + autoencoder + semantic encoder, with the four operations that the stages need.
 
     encode: image (B, 3, H, W) in [-1, 1], sides multiples of 8 -> latent (B, C, H/8, W/8) of unit scale, the
     mode of the posterior, or, given Gaussian noise of that shape, a sample of it. decode: latent -> image in
-    about [-1, 1], not clamped. semantic_tokens: enlarged LR image -> c_sem (B, N, enc_dim).
-    """
-
+    about [-1, 1], not clamped. semantic_tokens: enlarged LR image -> c_sem (B, N, enc_dim)."""
     def __init__(self, dit, vae, semantic_encoder):
         super().__init__()
         self.dit, self.vae, self.semantic_encoder = dit, vae, semantic_encoder
@@ -819,7 +807,9 @@ def frozen_paths(cfg, weights):
 
 
 def load_semantic_encoder(path, cfg):
-    """DINOv2 from its .pth file (the size is read off the tensors), or the tiny encoder from a folder."""
+    """DINOv2 from its .pth file (the size is read off the tensors), the tiny one from a folder, or none."""
+    if not cfg.semantics:
+        return NoSemantics(cfg.enc_dim)
     path = model_folder(path)
     if path.is_dir():
         source = find_weights(path)
@@ -841,7 +831,8 @@ def load_semantic_encoder(path, cfg):
 def load_frozen(cfg, weights, folder=None, light=False, semantic=True):
     """(autoencoder, semantic encoder or None) around the DiT in `folder`; light: with the light decoder."""
     vae, encoder = frozen_paths(cfg, weights)
-    if missing := [str(path) for path in (vae, encoder)[:1 + semantic] if not path.exists()]:
+    needed = (vae, encoder) if semantic and cfg.semantics else (vae,)
+    if missing := [str(path) for path in needed if not path.exists()]:
         raise ValueError(f"missing: {', '.join(missing)}; see the README, --weights names another folder")
     if cfg.ae_type == "tiny" and folder:
         kept = any(name.startswith(BESIDE) for name in read_tensors(find_weights(folder)))

@@ -22,7 +22,7 @@ from PIL import Image, ImageStat
 from tqdm import tqdm
 
 import data
-from config import cli, die, launch
+from config import cli, die, launch, validate
 from model import FROZEN, GRID, VOSR, choose_device, guided_velocity, load_dit, load_frozen, read_settings
 
 MULTI_STEP = dict(steps=25, cfg_scale=0.5)  # the authors' practical default; they use -0.5 on RealSR
@@ -51,7 +51,7 @@ class Config:
     long: int = 0  # longer side of the output in pixels, instead of --scale
     seed: int = 42  # same seed and file name, same picture
     cfg_scale: float = math.nan  # guidance of multi-step models: 0 invents, 1 obeys; nan: the model's own
-    alpha: float = 0.1  # structural retention of the partial branch; the official sampler has 0.15
+    alpha: float = 0.1  # structural retention of the partial branch (0 where trained so); official: 0.15
     fidelity: float = 0.0  # 0: as trained ... 1: no noise, softer and closer to the input
     color: str = "wavelet"  # colour fix: wavelet, adain, none
     tile: int = 512  # side of a tile in pixels of the output; 0: never tile
@@ -221,7 +221,6 @@ def shared_norms(vae, look):
 def restore(pictures, size, names, vosr, tile, batch, steps, seed, cfg_scale, alpha, color, fidelity,
             posterior, progress):
     """RGB pictures of one size -> restored ones of `size`; several only if a tile holds them.
-
     The enlarged input exists in windows alone, the output as 8 bits in Pillow; latents are whole, a byte per
     pixel each. FloatingPointError if a value is not finite."""
     device, half = next(vosr.parameters()).device, vosr.half
@@ -281,6 +280,7 @@ def restore(pictures, size, names, vosr, tile, batch, steps, seed, cfg_scale, al
     with shared_norms(vosr.vae, places[1:] and (lambda: vosr.encode(spread(crop)))):
         c_str = torch.cat([band for _, band in assemble(encode, height, width, tile)], dim=-2)
     cfg_scale = vosr.defaults["cfg_scale"] if vosr.one_step or cfg_scale is None else cfg_scale
+    alpha = 0.0 if vosr.args.get("guidance") == "uncond" else alpha
     total = steps * len(places) * len(pictures) * (1 if cfg_scale in (None, 1) else 2)
     with tqdm(total=total, disable=None if progress else True, leave=False) as bar:
         kept = cache(semantics) if steps > 1 and len(places) <= KEPT_TILES else semantics
@@ -395,6 +395,8 @@ def ready(vosr, args=None, half=None, device="auto", source=None):
     vosr.tau, ae_type = float(vosr.args.get("tau") or 1), vosr.dit.cfg.ae_type
     vosr.defaults = next(row for row in DEFAULTS.values()
                          if row["ae_type"] == ae_type and (row["steps"] == 1) == vosr.one_step)
+    if vosr.args.get("guidance") == "full":  # no other branch was trained
+        vosr.defaults = vosr.defaults | dict(cfg_scale=1.0 if vosr.defaults["cfg_scale"] else None)
     return vosr.eval().requires_grad_(False).to(choose_device(device))
 
 
@@ -454,23 +456,21 @@ def load(model="tiny", steps=1, weights="weights", dtype="auto", device="auto"):
     ae_type, wanted = args.get("ae_type"), [row["ae_type"]] if row else list(FROZEN)
     if ae_type not in wanted:
         raise ValueError(f"{path} has ae_type {ae_type!r}, not {' or '.join(wanted)}")
-    require(AROUND.get(ae_type, ()), weights, "0.5B" if ae_type == "sd2" else "2.0")
+    beside = AROUND.get(ae_type, ())[:None if args.get("semantics", True) else -1]
+    require(beside, weights, "0.5B" if ae_type == "sd2" else "2.0")
     dit = load_dit(folder, half)
     around = load_frozen(dit.cfg, weights, None if name else folder, light=True)
     vosr = ready(VOSR(dit, *around), args, half, device, folder)
     if name and (vosr.one_step, dit.cfg.auxiliary_time_cond) != (row["steps"] == 1, name.endswith("-os")):
-        raise ValueError(f"{folder} holds a {'one' if vosr.one_step else 'multi'}-step network, "
-                         f"{name} is of the other kind")
+        raise ValueError(f"{folder} holds a {'one' if vosr.one_step else 'multi'}-step one, unlike {name}")
     return vosr
 
 
 # ---------------------------------------------------------------- command line
 def check(cfg):
     """Wrong values end here, before anything is loaded."""
-    for name, known in (("color", COLORS), ("posterior", ("mode", "sample")),
-                        ("dtype", ("auto", *HALF)), ("ext", ("png", "jpg", "webp", "tif"))):
-        if getattr(cfg, name) not in known:
-            die(f"--{name} is one of {', '.join(known)}, got {getattr(cfg, name)!r}")
+    validate(cfg, color=COLORS, posterior=("mode", "sample"), dtype=("auto", *HALF),
+             ext=("png", "jpg", "webp", "tif"))
     for name, low, high in (("steps", 0, 1000), ("scale", 1, 100), ("long", 0, 10**6), ("fidelity", 0, 1),
                             ("alpha", 0, 1), ("tile", 64 if cfg.tile else 0, 10**6), ("max_pixels", 1, 1e12)):
         if not low <= getattr(cfg, name) <= high:

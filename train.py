@@ -22,12 +22,15 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch.distributed.checkpoint import state_dict as states
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, default_collate
 from tqdm import tqdm
 
 import model
-from config import cli, launch, show
+from config import cli, launch, show, validate
 from data import Crops, degrade, describe, keyed_generator, open_source, write_image, write_whole
 from model import DiT, ModelConfig, choose_device, load_strict, read_tensors, settings, start_from
 
@@ -35,14 +38,13 @@ from model import DiT, ModelConfig, choose_device, load_strict, read_tensors, se
 LARGE = dict(degradation="full", cache=0, lr_decay=0.0, ema_decay=0.9999, num_workers=8, save_every=10_000)
 STAGE_256 = dict(resolution=256, train_batch_size=1024, learning_rate=1e-4, max_train_steps=400_000, **LARGE)
 STAGE_512 = dict(resolution=512, train_batch_size=256, learning_rate=5e-5, max_train_steps=400_000, **LARGE)
+GUIDANCE = {"partial": {}, "uncond": dict(alpha=(0.0, 0.0)), "full": dict(cfg_ratio=0.0)}  # Table 7
 SIZE_05B = dict(dim=1024, depth=28, num_heads=16, enc_dim=768, ae_type="sd2", layer_dinov2b_list=(8,))
 SIZE_14B = dict(dim=1536, depth=36, num_heads=24, enc_dim=1024, ae_type="qwen", layer_dinov2b_list=(17,))
 PRESETS = {
     "tiny": dict(dim=192, depth=6, num_heads=3, enc_dim=96, ae_type="tiny"),
-    "0.5B": SIZE_05B | STAGE_256,
-    "0.5B-512": SIZE_05B | STAGE_512,
-    "1.4B": SIZE_14B | STAGE_256,
-    "1.4B-512": SIZE_14B | STAGE_512,
+    "0.5B": SIZE_05B | STAGE_256, "0.5B-512": SIZE_05B | STAGE_512,
+    "1.4B": SIZE_14B | STAGE_256, "1.4B-512": SIZE_14B | STAGE_512,
 }
 
 
@@ -68,8 +70,9 @@ class Config(ModelConfig):
     weight_decay: float = 0.01  # on all parameters (Table 5)
     max_grad_norm: float = 1.0  # gradient clipping by the global norm (Table 5)
     ema_decay: float = 0.995  # average of the weights that is used for sampling; Table 5: 0.9999
-    cfg_ratio: float = 0.1  # share of samples that see the partial condition (Sec. 3.3); 0: full, Table 7
-    alpha: tuple = (0.05, 0.25)  # range of their structural retention; 0,0: the unconditional branch, Table 7
+    guidance: str = "partial"  # the auxiliary branch (Table 7): partial, uncond (alpha 0), or full (none)
+    cfg_ratio: float = 0.1  # share of samples that see the partial condition (Sec. 3.3)
+    alpha: tuple = (0.05, 0.25)  # range of their structural retention
     strength_mean: float = 5.0  # c_str noise: strength = sigmoid(N(mean, 1)); 99 = none, as in the paper
     val_data: str = ""  # source of held-out pictures: the EMA's loss on 64 crops is logged with checkpoints
     seed: int = 42  # decides every random number of the run
@@ -80,6 +83,7 @@ class Config(ModelConfig):
     device: str = "auto"  # cuda, mps, cpu in that order
     compile: bool = False  # torch.compile each block; pays off after some minutes
     recompute: bool = False  # activations again in the backward pass: a third more work, far less memory
+    shard: bool = False  # FSDP2: weights, EMA and moments in slices over the ranks; for small cards and 1.4B
 
 
 # ---------------------------------------------------------------- the objective
@@ -99,7 +103,6 @@ def mix_conditions(c_str, c_sem, partial, alpha, strength, struct_noise):
 
 def flow_loss(net, z0, c_str, c_sem, t, noise, partial, alpha, strength=1.0, struct_noise=0.0, log=None):
     """Multi-step objective, paper Eq. 1: mean of || v_theta(z_t, t, kappa) - v ||^2, a float32 scalar.
-
     z0, c_str, noise, struct_noise (B, C, h, w); c_sem (B, N, enc_dim); t (B,); alpha, strength (B,) or
     numbers; partial (B,) bool. log (2, 4): sums and numbers of samples by quarters of t are added to it."""
     t_, alpha, strength = map(per_sample, (t, alpha, strength))
@@ -115,25 +118,18 @@ def flow_loss(net, z0, c_str, c_sem, t, noise, partial, alpha, strength=1.0, str
 
 def draw(cfg, z0, generator):
     """Everything random of one flow_loss call, per sample."""
-    def uniform():
-        return torch.rand(len(z0), generator=generator, device=z0.device)
-
-    def normal(shape):
-        return torch.randn(shape, generator=generator, device=z0.device)
-
-    return dict(t=uniform(), noise=normal(z0.shape), partial=uniform() < cfg.cfg_ratio,
-                alpha=cfg.alpha[0] + (cfg.alpha[1] - cfg.alpha[0]) * uniform(),
-                strength=torch.sigmoid(cfg.strength_mean + normal(len(z0))), struct_noise=normal(z0.shape))
+    b, by_generator = len(z0), dict(generator=generator, device=z0.device)
+    return dict(t=torch.rand(b, **by_generator), noise=torch.randn(z0.shape, **by_generator),
+                partial=torch.rand(b, **by_generator) < cfg.cfg_ratio,
+                alpha=cfg.alpha[0] + (cfg.alpha[1] - cfg.alpha[0]) * torch.rand(b, **by_generator),
+                strength=torch.sigmoid(cfg.strength_mean + torch.randn(b, **by_generator)),
+                struct_noise=torch.randn(z0.shape, **by_generator))
 
 
-class Objective(torch.nn.Module):
-    """The loss as a module: one forward of DDP covers whatever networks and passes the loss uses."""
-    def __init__(self, net, loss_fn):
-        super().__init__()
-        self.net, self.loss_fn = net, loss_fn
-
-    def forward(self, *arguments):
-        return self.loss_fn(self.net, *arguments)
+class Within(torch.nn.ModuleList):
+    """function(net, ...) as a module: one forward of DDP or FSDP covers all networks and passes it uses."""
+    def forward(self, function, *arguments):
+        return function(self[0], *arguments)
 
 
 # ---------------------------------------------------------------- data
@@ -145,7 +141,7 @@ def place(name="auto"):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return rank, world, device
 
 
@@ -158,8 +154,7 @@ def pair(batch, cfg, device, *key):
 
 
 def batches(cfg, prepare, start, rank, world, device):
-    """Yield the tensors that prepare makes of each micro-batch from number `start` on: of hr and enlarged lr,
-    (B, 3, R, R) in [-1, 1]."""
+    """Yield prepare(hr, lr) of each micro-batch from number `start` on; both (B, 3, R, R) in [-1, 1]."""
     local = cfg.train_batch_size // world
     crops = Crops(open_source(cfg.data), cfg.resolution, cfg.seed)
     if rank == 0:
@@ -186,20 +181,31 @@ def batches(cfg, prepare, start, rank, world, device):
 
 
 # ---------------------------------------------------------------- checkpoints
-def tensors_of(net, dtype=None):
-    return {name: value.detach().to("cpu", dtype).contiguous() for name, value in net.state_dict().items()}
+WHOLE = states.StateDictOptions(full_state_dict=True, cpu_offload=True)  # on rank 0; all take part
+MAY_CHANGE = ("out", "export", "device", "compile", "recompute", "shard", "num_workers", "max_train_steps",
+              "keep", "keep_every", "val_data", "learning_rate", "lr_decay", "save_every", "log_every", "tau")
 
 
-def save(cfg, done, net, ema, opt):
+def tensors_of(part):
+    """Tensors of the network in a Within, by its own names."""
+    tensors = states.get_model_state_dict(part, options=WHOLE)
+    return {name.removeprefix("0."): value.contiguous() for name, value in tensors.items()}
+
+
+def save(cfg, done, ddp, mean, opt):
     """Write checkpoint OUT/step-DONE, let OUT/last name it, delete old ones; what fails leaves the others."""
-    out, name = Path(cfg.out), f"step-{done:08d}"
+    out, name, (rank, world, _) = Path(cfg.out), f"step-{done:08d}", place(cfg.device)
+    parts = {"model.safetensors": tensors_of(ddp), "ema_model.safetensors": tensors_of(mean)}
+    state = dict(step=done, world=world, optimizer=states.get_optimizer_state_dict(ddp, opt, options=WHOLE))
+    if rank:
+        return
 
     def write(folder):
         folder.mkdir()
-        save_file(tensors_of(net), folder / "model.safetensors")
-        save_file(tensors_of(ema), folder / "ema_model.safetensors")
+        for file, tensors in parts.items():
+            save_file(tensors, folder / file)
         (folder / "args.json").write_text(json.dumps(settings(cfg), indent=1))
-        torch.save({"step": done, "optimizer": opt.state_dict()}, folder / "state.pt")
+        torch.save(state, folder / "state.pt")
 
     try:
         write_whole(out / name, write)
@@ -211,35 +217,25 @@ def save(cfg, done, net, ema, opt):
             shutil.rmtree(path)
 
 
-MAY_CHANGE = ("out", "export", "device", "compile", "recompute", "num_workers", "max_train_steps", "keep",
-              "keep_every", "val_data", "learning_rate", "lr_decay", "save_every", "log_every", "tau")
-
-
-def resume(cfg, net, ema, opt):
-    """Load the newest checkpoint of OUT into net, ema and opt; returns its step, 0 if there is none.
+def resume(cfg, net, ema):
+    """Load the newest checkpoint of OUT, if any, into net and ema; returns its step and all else.
     ValueError when it was made with other settings than this call's, but for those that may change."""
     if (folder := model.model_folder(cfg.out)) == Path(cfg.out):
-        return 0
+        return {"step": 0}
     _, stored = model.read_settings(folder)
     for name, now in json.loads(json.dumps(asdict(cfg))).items():
         if name not in MAY_CHANGE and stored.get(name, now) != now:
-            raise ValueError(f"{cfg.out} was started with --{name} {stored[name]}, this call has {now}: "
-                             "use another --out")
+            raise ValueError(f"{folder} has --{name} {stored[name]}, this call {now}: use another --out")
     for part, file in ((net, folder / "model.safetensors"), (ema, folder / "ema_model.safetensors")):
         load_strict(part, read_tensors(file), file)
-    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-    opt.load_state_dict(state["optimizer"])
-    return state["step"]
+    return torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
 
 
-def export(folder, net, config, name="config.json", select=""):
+def export(folder, tensors, config, name="config.json"):
     """Finished weights for sampling and for the next stage: half precision, with the settings beside them."""
-    tensors = tensors_of(net, torch.float16)
-    tensors = {n.removeprefix(select): value for n, value in tensors.items() if n.startswith(select)}
-
     def write(path):
         path.mkdir(parents=True)
-        save_file(tensors, path / "model.safetensors")
+        save_file({n: value.half() for n, value in tensors.items()}, path / "model.safetensors")
         (path / name).write_text(json.dumps(config, indent=1))
 
     write_whole(folder, write)
@@ -249,10 +245,8 @@ def export(folder, net, config, name="config.json", select=""):
 # ---------------------------------------------------------------- the loop that train.py and distill.py share
 @torch.no_grad()
 def update_ema(ema, net, decay):
-    """ema <- decay ema + (1 - decay) net; buffers are copied."""
+    """ema <- decay ema + (1 - decay) net; buffers are tables, alike in both."""
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
-    for mean, now in zip(ema.buffers(), net.buffers(), strict=True):
-        mean.copy_(now)
 
 
 def rate(cfg, step):
@@ -272,22 +266,19 @@ def plot_loss(log, path):
 
 
 def run(cfg, net, loss_fn, prepare, preview):
-    """Train `net`, return its EMA: the mathematics is loss_fn(net, batch, generator, log) -> scalar.
-
+    """Train `net`, return the tensors of its EMA: the mathematics is loss_fn(net, batch, generator, log).
     prepare(hr, lr) -> batch, without gradients (see batches); preview(ema) -> (rows, B, 3, H, W) in [-1, 1].
     SIGTERM makes it write a checkpoint and end the process with code 0. FloatingPointError: it diverged."""
     rank, world, device = place(cfg.device)
-    if cfg.train_batch_size % world:
-        raise ValueError(f"--train_batch_size is {cfg.train_batch_size}, not a multiple of {world} ranks")
+    if cfg.train_batch_size % world or (cfg.shard and world == 1):
+        raise ValueError(f"--train_batch_size {cfg.train_batch_size} is not a multiple of {world} ranks"
+                         if world > 1 else "--shard divides over the ranks of torchrun, here is one")
     out, net = Path(cfg.out), net.to(device)
     (out / "previews").mkdir(parents=True, exist_ok=True)
     if cfg.init:
         start_from(cfg.init, net)
     ema, net.recompute = deepcopy(net).requires_grad_(False).eval(), cfg.recompute
-    trained = [p for p in net.parameters() if p.requires_grad]
-    opt = torch.optim.AdamW(trained, lr=cfg.learning_rate, betas=(0.9, cfg.adam_beta2), eps=1e-8,
-                            weight_decay=cfg.weight_decay, fused=True)
-    start, weights = resume(cfg, net, ema, opt), sum(p.numel() for p in net.parameters())
+    start, weights = (state := resume(cfg, net, ema))["step"], sum(p.numel() for p in net.parameters())
     if (free := shutil.disk_usage(out).free) < (need := 2 * 16 * weights):  # bytes
         raise ValueError(f"{out}: {free / 1e9:.1f} GB are free, two checkpoints take {need / 1e9:.1f}")
     lines = (out / "log.jsonl").read_text().split("\n")[:-1] if (out / "log.jsonl").is_file() else []
@@ -297,91 +288,103 @@ def run(cfg, net, loss_fn, prepare, preview):
         for half in out.glob(".step-*"):                                    # of a run that was killed
             shutil.rmtree(half)
         print(f"{weights / 1e6:.2f} M parameters, {world} x {device}, {start} of {cfg.max_train_steps} steps")
+        if state.get("world", world) != world:
+            print(f"{state['world']} ranks before: weights and crops go on exactly, random draws differ")
         write_whole(out / "log.jsonl", lambda p: p.write_text("".join(json.dumps(row) + "\n" for row in log)))
         write_whole(out / "args.json", lambda p: p.write_text(json.dumps(settings(cfg), indent=1)))
     for block in getattr(net, "blocks", ()) if cfg.compile else ():
         block.compile()
-    objective = Objective(net, loss_fn)
-    ddp = DistributedDataParallel(objective) if world > 1 else objective
+    ddp, mean = Within([net]), Within([ema])
+    if cfg.shard:                                                           # one block is whole at a time
+        mesh = init_device_mesh(device.type, (world,))
+        for part in (*getattr(net, "blocks", ()), *getattr(ema, "blocks", ()), ddp, mean):
+            fully_shard(part, mesh=mesh, reshard_after_forward=True)        # the root, too: it has an EMA
+    elif world > 1:
+        ddp = DistributedDataParallel(ddp)
+    trained = [p for p in net.parameters() if p.requires_grad]
+    opt = torch.optim.AdamW(trained, lr=cfg.learning_rate, betas=(0.9, cfg.adam_beta2), eps=1e-8,
+                            weight_decay=cfg.weight_decay, fused=True)
+    if start:
+        states.set_optimizer_state_dict(ddp, opt, optim_state_dict=state["optimizer"], options=WHOLE)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     micros, seen = cfg.gradient_accumulation_steps, cfg.gradient_accumulation_steps * cfg.train_batch_size
     stream = batches(cfg, prepare, start * micros, rank, world, device)
-    mine = range(rank, max(64, world), world)
+    mine = range(rank, max(64, world), world)                               # of the held-out crops
     held_out = prepare(*preview_pairs(cfg, device, cfg.val_data, mine)) if cfg.val_data else None
-    status, stop = torch.zeros(12 + world, device=device), []  # loss, by t, stop, val, first bad steps
+    status, stop = torch.zeros(11 + world, device=device), []  # loss, by t, val, first bad steps
     by_t = status[1:9].view(2, 4)
     signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
     logged, waited, tick = start, 0.0, time.perf_counter()
 
     for step in range(start, cfg.max_train_steps):
-        for group in opt.param_groups:
-            group["lr"] = rate(cfg, step)
+        opt.param_groups[0]["lr"] = rate(cfg, step)
         loss = 0.0
         for micro in range(micros):
-            ddp.require_backward_grad_sync = micro == micros - 1            # one all-reduce per step
+            ddp.require_backward_grad_sync = micro == micros - 1            # one all-reduce of DDP per step
             with autocast:                                                  # of the frozen networks, too
                 waited -= time.perf_counter()
                 batch = next(stream)
                 waited += time.perf_counter()
-                part = ddp(batch, keyed_generator(device, cfg.seed, step, micro, rank), by_t) / micros
-            part.backward()
-            loss += part.detach()
+                new = ddp(loss_fn, batch, keyed_generator(device, cfg.seed, step, micro, rank), by_t) / micros
+            new.backward()
+            loss += new.detach()
         norm = torch.nn.utils.clip_grad_norm_(trained, cfg.max_grad_norm)
+        norm = norm.full_tensor() if cfg.shard else norm
         opt.found_inf = (~norm.isfinite()).float()                          # then nothing changes
         opt.step()
         opt.zero_grad(set_to_none=True)
         update_ema(ema, net, cfg.ema_decay)
 
-        done = step + 1
-        for slot, value in ((11, norm), (12 + rank, loss)):
+        done, stopping = step + 1, torch.tensor(len(stop))
+        if world > 1:
+            dist.all_reduce(stopping)                                       # on the host, as GPUs are not
+        saving = stopping or done == cfg.max_train_steps or done % cfg.save_every == 0
+        for slot, value in ((10, norm), (11 + rank, loss)):
             status[slot] += done * ((status[slot] == 0) & ~value.isfinite())
-        saving = done == cfg.max_train_steps or done % cfg.save_every == 0
-        if device.type == "cuda" and not saving and done % cfg.log_every:    # a GPU is not waited for
+        if not saving and done % cfg.log_every:                             # waited for but when logging
             continue
         if (validated := saving and held_out is not None):
-            with torch.no_grad(), autocast:
-                status[10] = loss_fn(ema, held_out, keyed_generator(device, cfg.seed, "val", rank), None)
-        status[0], status[9] = loss, len(stop)
-        total = status.clone()
+            with autocast:
+                status[9] = mean(loss_fn, held_out, keyed_generator(device, cfg.seed, "val", rank), None)
+        status[0] = loss
         if world > 1:
-            dist.all_reduce(total)
-        if bad := round(float(total[11]) / world):
-            ranks = [k for k in range(world) if total[12 + k]] or "all"
+            dist.all_reduce(status)
+        total = status.tolist()
+        status.zero_()
+        if bad := round(total[10] / world):
+            ranks = [k for k in range(world) if total[11 + k]] or "all"
             raise FloatingPointError(f"not finite: step {bad}, crops from {(bad - 1) * seen}, rank {ranks}; "
                                      "lower --learning_rate; the same command goes on before it")
-        stopping = bool(total[9])
-        if (saving := saving or stopping) or done % cfg.log_every == 0:
-            seconds = time.perf_counter() - tick
-            row = dict(step=done, loss=float(total[0]) / world, grad=float(norm), waiting=waited / seconds,
-                       learning_rate=rate(cfg, step), images_per_s=seen * (done - logged) / seconds)
-            row |= {f"loss_t{n}": float(total[1 + n] / total[5 + n]) for n in range(4) if total[5 + n]}
-            row |= {"val": float(total[10]) / world} if validated else {}
-            row |= {"gb": torch.cuda.max_memory_allocated() / 1e9} if device.type == "cuda" else {}
-            logged, waited, tick = done, 0.0, time.perf_counter()
-            status.zero_()
+        seconds = time.perf_counter() - tick
+        row = dict(step=done, loss=total[0] / world, grad=float(norm), waiting=waited / seconds,
+                   learning_rate=rate(cfg, step), images_per_s=seen * (done - logged) / seconds)
+        row |= {f"loss_t{n}": total[1 + n] / total[5 + n] for n in range(4) if total[5 + n]}
+        row |= {"val": total[9] / world} if validated else {}
+        row |= {"gb": torch.cuda.max_memory_allocated() / 1e9} if device.type == "cuda" else {}
+        logged, waited, tick = done, 0.0, time.perf_counter()
+        if rank == 0:
+            log.append(row)
+            print(" | ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
+            with open(out / "log.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+        if saving:                                                          # by all ranks, which may gather
+            save(cfg, done, ddp, mean, opt)
+            sheet = mean(preview).permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)  # (3, rows H, B W)
             if rank == 0:
-                log.append(row)
-                print(" | ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
-                with open(out / "log.jsonl", "a") as file:
-                    file.write(json.dumps(row) + "\n")
-        if rank == 0 and saving:
-            save(cfg, done, net, ema, opt)
-            plot_loss(log, out / "loss.png")
-            with torch.no_grad():
-                sheet = preview(ema).permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)  # (3, rows H, B W)
-            write_image(out / "previews" / f"{done:08d}.png", sheet.float().cpu() * 0.5 + 0.5)
+                plot_loss(log, out / "loss.png")
+                write_image(out / "previews" / f"{done:08d}.png", sheet.float().cpu() * 0.5 + 0.5)
         if stopping:
             raise SystemExit(print(f"stopped by SIGTERM after step {done}; the same command goes on"))
+    tensors = tensors_of(mean)
     if world > 1:
-        dist.barrier()
         dist.destroy_process_group()
-    return ema
+    return tensors
 
 
 # ---------------------------------------------------------------- the multi-step model
 def frozen(cfg, device):
     """Bundle of what is not trained here: autoencoder and, where one is published, semantic encoder."""
-    parts = model.load_frozen(cfg, cfg.weights, semantic=cfg.ae_type != "tiny")
+    parts = model.load_frozen(cfg, cfg.weights, semantic=cfg.ae_type != "tiny" or not cfg.semantics)
     return model.VOSR(None, *parts).to(device).eval().requires_grad_(False)
 
 
@@ -393,11 +396,9 @@ def preview_pairs(cfg, device, source="", numbers=range(4)):
 
 def check(cfg):
     """Wrong values end here, before anything is loaded."""
-    if cfg.ae_type not in model.LATENT_CHANNELS:
-        raise ValueError(f"--ae_type is one of {', '.join(model.LATENT_CHANNELS)}, got {cfg.ae_type!r}")
     counts = ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "save_every", "log_every")
-    if low := [name for name in counts if getattr(cfg, name) < 1]:
-        raise ValueError(f"--{low[0]} starts at 1, got {getattr(cfg, low[0])}")
+    validate(cfg, ae_type=model.LATENT_CHANNELS, guidance=GUIDANCE, **dict.fromkeys(counts, 1))
+    vars(cfg).update(GUIDANCE[cfg.guidance])
     if cfg.dim % (4 * cfg.num_heads) or cfg.resolution < 32 or cfg.resolution % model.GRID:
         raise ValueError(f"--dim is a multiple of 4 x --num_heads, --resolution of {model.GRID} from 32 on; "
                          f"got {cfg.dim}, {cfg.num_heads}, {cfg.resolution}")
@@ -411,17 +412,16 @@ def main():
     vosr = frozen(cfg, device)
     torch.manual_seed(cfg.seed)                                       # initial weights, alike on all ranks
     net = DiT(cfg)
-    if cfg.ae_type == "tiny":                                           # nothing to borrow: it learns along
+    if learned := cfg.ae_type == "tiny" and cfg.semantics:              # nothing to borrow: it learns along
         net.semantic_encoder = model.TinySemanticEncoder(cfg.enc_dim)
     hr, lr = preview_pairs(cfg, device)
 
-    @torch.no_grad()
     def prepare(hr, lr):
         z0, c_str = vosr.encode(torch.cat([hr, lr])).float().chunk(2)
         return z0, c_str, vosr.semantic_tokens(lr) if vosr.semantic_encoder else lr  # tiny: see tokens
 
     def tokens(net, c_sem):
-        return net.semantic_encoder(c_sem) if cfg.ae_type == "tiny" else c_sem
+        return net.semantic_encoder(c_sem) if learned else c_sem
     def loss_fn(net, batch, generator, log):
         z0, c_str, c_sem = batch
         return flow_loss(net, z0, c_str, tokens(net, c_sem), **draw(cfg, z0, generator), log=log)
@@ -438,12 +438,12 @@ def main():
             rows.append(vosr.decode(z))
         return torch.stack([*rows, hr])
 
-    ema = run(cfg, net, loss_fn, prepare, preview)
+    tensors = run(cfg, net, loss_fn, prepare, preview)
     if cfg.export and rank == 0:
-        if cfg.ae_type == "tiny":
-            export(Path(cfg.export, "semantic"), ema, {"enc_dim": cfg.enc_dim}, select="semantic_encoder.")
-            del ema.semantic_encoder
-        export(Path(cfg.export, "ms"), ema, settings(cfg, paths=False), "args.json")
+        if mine := [name for name in tensors if name.startswith(model.BESIDE)]:
+            export(Path(cfg.export, "semantic"), {n.removeprefix(model.BESIDE): tensors.pop(n) for n in mine},
+                   {"enc_dim": cfg.enc_dim})
+        export(Path(cfg.export, "ms"), tensors, settings(cfg, paths=False), "args.json")
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def test_init_starts_from_a_run_and_from_an_exported_family(tmp_path):
 def test_resuming_with_another_network_names_both_values(tmp_path):
     start(tmp_path / "run", "3", "--cache", "0")
     error = start(tmp_path / "run", "6", "--cache", "0", "--depth", "2", code=2).stderr
-    assert "--depth 1" in error and "has 2" in error and error.count("\n") == 1
+    assert "--depth 1" in error and "call 2" in error and error.count("\n") == 1
 
 
 @pytest.mark.slow
