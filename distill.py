@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.distributed.fsdp import FSDPModule
 
 import train
 from config import cli, die, launch
@@ -83,11 +84,19 @@ def base_loss(student, teacher, z_t, t, kappa, full, weak, omega, interval=(0, 1
     return v_loss, dict(v_cond=v_cond, v_pcond=v_pcond, v_guided=v_guided, v_pred=v_pred, v_loss=v_loss)
 
 
-def conditions(z0, c_str, c_sem, t, noise, partial, strength, struct_noise, alpha):
+def shared(net, c_sem):
+    """Keys and values of c_sem in all blocks, once for all passes of a step; exact. Not where memory is
+    short: recomputing would have to keep them, blocks in slices (--shard) are whole in forward only."""
+    plain = isinstance(net, DiT) and not net.recompute and not isinstance(net.blocks[0], FSDPModule)
+    return net.semantics(c_sem) if plain else c_sem
+
+
+def conditions(student, teacher, z0, c_str, c_sem, t, noise, partial, strength, struct_noise, alpha):
     """z_t, the student's kappa, and the teacher's full and partial conditions."""
-    t_, alpha = per_sample(t), per_sample(alpha)
+    t_, alpha, strength = map(per_sample, (t, alpha, strength))
     z_t = (1 - t_) * z0 + t_ * noise
-    *kappa, noisy = mix_conditions(c_str, c_sem, partial, alpha, per_sample(strength), struct_noise)
+    *kappa, noisy = mix_conditions(c_str, c_sem, partial, alpha, strength, struct_noise)
+    kappa[1], c_sem = shared(student, kappa[1]), shared(teacher, c_sem)
     return z_t, kappa, (noisy, c_sem), partial_condition(c_str, c_sem, alpha)
 
 
@@ -99,7 +108,8 @@ def shortcut_loss(student, teacher, z0, c_str, c_sem, t, r, noise, partial, stre
     z0, c_str, noise, struct_noise (B, C, h, w); c_sem (B, N, enc_dim); t, r (B,), r <= t; partial (B,) bool;
     strength (B,) or a number. delta and rollout belong to the other variant.
     """
-    z_t, kappa, full, weak = conditions(z0, c_str, c_sem, t, noise, partial, strength, struct_noise, alpha)
+    z_t, kappa, full, weak = conditions(student, teacher, z0, c_str, c_sem, t, noise, partial, strength,
+                                        struct_noise, alpha)
     v_loss, parts = base_loss(student, teacher, z_t, t, kappa, full, weak, omega, interval)
 
     u = student(z_t, t, *kappa, r=r).float()                                    # u_{t->r}
@@ -124,7 +134,8 @@ def rc_loss(student, teacher, z0, c_str, c_sem, t, r, noise, partial, strength=1
     within delta. So (t - r) u = delta v_g + displacement at the fixed point. All of this stays float32: c_l
     magnifies rounding.
     """
-    z_t, kappa, full, weak = conditions(z0, c_str, c_sem, t, noise, partial, strength, struct_noise, alpha)
+    z_t, kappa, full, weak = conditions(student, teacher, z0, c_str, c_sem, t, noise, partial, strength,
+                                        struct_noise, alpha)
     v_loss, parts = base_loss(student, teacher, z_t, t, kappa, full, weak, omega, interval)
     v_guided = parts["v_guided"]
 
