@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -32,7 +31,6 @@ from tqdm import tqdm
 import model
 from config import cli, launch, show, validate
 from data import Crops, degrade, describe, keyed_generator, open_source, write_image, write_whole
-from model import DiT, ModelConfig, choose_device, load_strict, read_tensors, settings, start_from
 
 # Table 5 of the paper: 256 px first, then 512 px from the 256 px weights (--init).
 LARGE = dict(degradation="full", cache=0, lr_decay=0.0, ema_decay=0.9999, num_workers=8, save_every=10_000)
@@ -49,7 +47,7 @@ PRESETS = {
 
 
 @dataclass
-class Config(ModelConfig):
+class Config(model.ModelConfig):
     preset: str = "tiny"  # row of PRESETS; an option overrides a single value of it
     data: str = "procedural"  # folder, list of paths, tar or folder of tars, procedural; "a:3,b" mixes
     out: str = ""  # run folder; default out/PRESET
@@ -109,7 +107,7 @@ def flow_loss(net, z0, c_str, c_sem, t, noise, partial, alpha, strength=1.0, str
     z_t = (1 - t_) * z0 + t_ * noise                                            # Sec. 3.1
     c_str, c_sem, _ = mix_conditions(c_str, c_sem, partial, alpha, strength, struct_noise)
     v = net(z_t, t, c_str, c_sem)                                               # (B, C, h, w)
-    errors = F.mse_loss(v.float(), (noise - z0).float(), reduction="none").mean((1, 2, 3))
+    errors = (v.float() - (noise - z0).float()).square().mean((1, 2, 3))        # (B,)
     if log is not None:
         rows = torch.stack([errors.detach(), torch.ones_like(errors)])
         log.index_add_(1, (4 * t).long().clamp(max=3), rows)
@@ -135,7 +133,7 @@ class Within(torch.nn.ModuleList):
 # ---------------------------------------------------------------- data
 def place(name="auto"):
     """Rank, number of ranks and device of this process; joins the group when torchrun started it."""
-    device = choose_device(name)
+    device = model.choose_device(name)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device == torch.device("cuda"):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -204,7 +202,7 @@ def save(cfg, done, ddp, mean, opt):
         folder.mkdir()
         for file, tensors in parts.items():
             save_file(tensors, folder / file)
-        (folder / "args.json").write_text(json.dumps(settings(cfg), indent=1))
+        (folder / "args.json").write_text(json.dumps(model.settings(cfg), indent=1))
         torch.save(state, folder / "state.pt")
 
     try:
@@ -227,7 +225,7 @@ def resume(cfg, net, ema):
         if name not in MAY_CHANGE and stored.get(name, now) != now:
             raise ValueError(f"{folder} has --{name} {stored[name]}, this call {now}: use another --out")
     for part, file in ((net, folder / "model.safetensors"), (ema, folder / "ema_model.safetensors")):
-        load_strict(part, read_tensors(file), file)
+        model.load_strict(part, model.read_tensors(file), file)
     return torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
 
 
@@ -245,8 +243,10 @@ def export(folder, tensors, config, name="config.json"):
 # ---------------------------------------------------------------- the loop that train.py and distill.py share
 @torch.no_grad()
 def update_ema(ema, net, decay):
-    """ema <- decay ema + (1 - decay) net; buffers are tables, alike in both."""
+    """ema <- decay ema + (1 - decay) net; buffers are copied."""
     torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
+    for mean, now in zip(ema.buffers(), net.buffers(), strict=True):
+        mean.copy_(now)
 
 
 def rate(cfg, step):
@@ -276,7 +276,7 @@ def run(cfg, net, loss_fn, prepare, preview):
     out, net = Path(cfg.out), net.to(device)
     (out / "previews").mkdir(parents=True, exist_ok=True)
     if cfg.init:
-        start_from(cfg.init, net)
+        model.start_from(cfg.init, net)
     ema, net.recompute = deepcopy(net).requires_grad_(False).eval(), cfg.recompute
     start, weights = (state := resume(cfg, net, ema))["step"], sum(p.numel() for p in net.parameters())
     if (free := shutil.disk_usage(out).free) < (need := 2 * 16 * weights):  # bytes
@@ -291,7 +291,7 @@ def run(cfg, net, loss_fn, prepare, preview):
         if state.get("world", world) != world:
             print(f"{state['world']} ranks before: weights and crops go on exactly, random draws differ")
         write_whole(out / "log.jsonl", lambda p: p.write_text("".join(json.dumps(row) + "\n" for row in log)))
-        write_whole(out / "args.json", lambda p: p.write_text(json.dumps(settings(cfg), indent=1)))
+        write_whole(out / "args.json", lambda p: p.write_text(json.dumps(model.settings(cfg), indent=1)))
     for block in getattr(net, "blocks", ()) if cfg.compile else ():
         block.compile()
     ddp, mean = Within([net]), Within([ema])
@@ -309,8 +309,8 @@ def run(cfg, net, loss_fn, prepare, preview):
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     micros, seen = cfg.gradient_accumulation_steps, cfg.gradient_accumulation_steps * cfg.train_batch_size
     stream = batches(cfg, prepare, start * micros, rank, world, device)
-    mine = range(rank, max(64, world), world)                               # of the held-out crops
-    held_out = prepare(*preview_pairs(cfg, device, cfg.val_data, mine)) if cfg.val_data else None
+    mine = range(max(64, world))[rank::world] if cfg.val_data else ()       # held-out crops, 8 at a time
+    val = [prepare(*preview_pairs(cfg, device, cfg.val_data, mine[i:i + 8])) for i in range(0, len(mine), 8)]
     status, stop = torch.zeros(11 + world, device=device), []  # loss, by t, val, first bad steps
     by_t = status[1:9].view(2, 4)
     signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
@@ -343,9 +343,10 @@ def run(cfg, net, loss_fn, prepare, preview):
             status[slot] += done * ((status[slot] == 0) & ~value.isfinite())
         if not saving and done % cfg.log_every:                             # waited for but when logging
             continue
-        if (validated := saving and held_out is not None):
-            with autocast:
-                status[9] = mean(loss_fn, held_out, keyed_generator(device, cfg.seed, "val", rank), None)
+        with autocast:
+            for i, batch in enumerate(val if saving else ()):
+                errors = mean(loss_fn, batch, keyed_generator(device, cfg.seed, "val", rank, i), None)
+                status[9] += errors * len(batch[0]) / max(64, world)
         status[0] = loss
         if world > 1:
             dist.all_reduce(status)
@@ -359,7 +360,7 @@ def run(cfg, net, loss_fn, prepare, preview):
         row = dict(step=done, loss=total[0] / world, grad=float(norm), waiting=waited / seconds,
                    learning_rate=rate(cfg, step), images_per_s=seen * (done - logged) / seconds)
         row |= {f"loss_t{n}": total[1 + n] / total[5 + n] for n in range(4) if total[5 + n]}
-        row |= {"val": total[9] / world} if validated else {}
+        row |= {"val": total[9]} if saving and cfg.val_data else {}
         row |= {"gb": torch.cuda.max_memory_allocated() / 1e9} if device.type == "cuda" else {}
         logged, waited, tick = done, 0.0, time.perf_counter()
         if rank == 0:
@@ -397,11 +398,10 @@ def preview_pairs(cfg, device, source="", numbers=range(4)):
 def check(cfg):
     """Wrong values end here, before anything is loaded."""
     counts = ("train_batch_size", "gradient_accumulation_steps", "max_train_steps", "save_every", "log_every")
-    validate(cfg, ae_type=model.LATENT_CHANNELS, guidance=GUIDANCE, **dict.fromkeys(counts, 1))
+    validate(cfg, ae_type=model.LATENT_CHANNELS, guidance=GUIDANCE, resolution=32, **dict.fromkeys(counts, 1))
     vars(cfg).update(GUIDANCE[cfg.guidance])
-    if cfg.dim % (4 * cfg.num_heads) or cfg.resolution < 32 or cfg.resolution % model.GRID:
-        raise ValueError(f"--dim is a multiple of 4 x --num_heads, --resolution of {model.GRID} from 32 on; "
-                         f"got {cfg.dim}, {cfg.num_heads}, {cfg.resolution}")
+    if cfg.dim % (4 * cfg.num_heads) or cfg.resolution % model.GRID:
+        raise ValueError(f"--dim is a multiple of 4 x --num_heads, --resolution of {model.GRID} pixels")
 
 
 def main():
@@ -411,7 +411,7 @@ def main():
     rank, _, device = place(cfg.device)
     vosr = frozen(cfg, device)
     torch.manual_seed(cfg.seed)                                       # initial weights, alike on all ranks
-    net = DiT(cfg)
+    net = model.DiT(cfg)
     if learned := cfg.ae_type == "tiny" and cfg.semantics:              # nothing to borrow: it learns along
         net.semantic_encoder = model.TinySemanticEncoder(cfg.enc_dim)
     hr, lr = preview_pairs(cfg, device)
@@ -443,7 +443,7 @@ def main():
         if mine := [name for name in tensors if name.startswith(model.BESIDE)]:
             export(Path(cfg.export, "semantic"), {n.removeprefix(model.BESIDE): tensors.pop(n) for n in mine},
                    {"enc_dim": cfg.enc_dim})
-        export(Path(cfg.export, "ms"), tensors, settings(cfg, paths=False), "args.json")
+        export(Path(cfg.export, "ms"), tensors, model.settings(cfg, paths=False), "args.json")
 
 
 if __name__ == "__main__":

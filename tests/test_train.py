@@ -108,7 +108,8 @@ def test_learning_rate_is_constant_and_then_a_cosine_to_zero():
 
 def test_wrong_settings_end_in_one_line_before_anything_is_loaded(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    for words, reason in ((("--resolution", "20"), "--dim is a multiple of 4 x --num_heads, --resolution of"),
+    for words, reason in ((("--resolution", "40"), "--dim is a multiple of 4 x --num_heads, --resolution of"),
+                          (("--resolution", "16"), "--resolution starts at 32, got 16"),
                           (("--save_every", "0"), "--save_every starts at 1"),
                           (("--ae_type", "foo"), "--ae_type is one of tiny"),
                           (("--device", "foo"), "device 'foo' is not available"),
