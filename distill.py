@@ -7,7 +7,7 @@
 
 Loop, checkpoints and data are train.py's; here is only what is new. The same command again resumes.
 """
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch.distributed.fsdp import FSDPModule
 
 import train
-from config import cli, die, launch
-from data import keyed_generator
+from config import cli, die, launch, validate
+from data import keyed_generator, write_whole
 from model import (
     BESIDE,
     DiT,
@@ -30,6 +30,7 @@ from model import (
     model_folder,
     partial_condition,
     read_json,
+    sd_decoder,
     settings,
 )
 from train import check, export, frozen, mix_conditions, per_sample, place, preview_pairs, run
@@ -50,7 +51,9 @@ PRESETS = {  # per method
         ema_decay=0.98, weight_decay=0.0, adam_beta2=0.99)},
     "decoder": {"tiny": train.PRESETS["tiny"] | dict(
         train_batch_size=8, learning_rate=6e-4, max_train_steps=100, lr_decay=1.0, ema_decay=0.98,
-        weight_decay=0.0, adam_beta2=0.99)},
+        weight_decay=0.0, adam_beta2=0.99),
+        "0.5B": train.SIZE_05B | LARGE | dict(                              # ours: the paper gives no recipe
+            resolution=256, latents="hr", perceptual=0.1, learning_rate=1e-4, ema_decay=0.999)},
 }
 
 
@@ -63,9 +66,14 @@ class Config(train.Config):
     u_weight: float = 1.0  # weight of the consistency loss (A.1)
     delta: float = 0.01  # Delta t of the warm start (Eq. 13); the paper gives no value
     rollout: int = 2  # sub-steps of the rollout (Eq. 14); the paper gives no value
+    law: str = "larger"  # of t: larger (of two uniforms, as published), uniform, normal (its sigmoid)
     corner: float = 0.0  # share of samples at (t, r) = (1, 0), where one-step sampling is; paper: 0
+    few: int = 1  # of corner: they lie at the jumps of sampling in this many equal steps
     tau: float = 1.0  # scale of the noise that the finished student starts from; 1 = the paper
     latent_noise: float = 0.1  # autoencoder: noise on the latent in units of its own spread
+    latents: str = "student"  # decoder: learns from those of the student, for SR, or of hr, to reconstruct
+    light: bool = False  # decoder: half as wide, from nothing; always so for SD2.1
+    perceptual: float = 0.0  # decoder: weight of the mean squared difference of DINOv2's tokens
 
 
 # ---------------------------------------------------------------- teacher target and base loss
@@ -73,8 +81,7 @@ def base_loss(student, teacher, z_t, t, kappa, full, weak, omega, interval=(0, 1
     """Base objective, Eq. 4 and 6, on the guided teacher velocity v_g of Eq. 5.
 
     kappa: the condition (c_str, c_sem) that the student sees; full, weak: the teacher's two. The guidance
-    weight is omega for t inside the interval, 1 outside. Returns the loss and a dict of intermediates.
-    """
+    weight is omega for t inside the interval, 1 outside. Returns the loss and a dict of intermediates."""
     with torch.no_grad():
         v_cond, v_pcond = both_branches(teacher, z_t, t, full, weak)
         inside = (t >= interval[0]) & (t <= interval[1])
@@ -106,8 +113,7 @@ def shortcut_loss(student, teacher, z0, c_str, c_sem, t, r, noise, partial, stre
     """Shortcut variant, paper Eq. 7-11. Returns (loss, intermediates).
 
     z0, c_str, noise, struct_noise (B, C, h, w); c_sem (B, N, enc_dim); t, r (B,), r <= t; partial (B,) bool;
-    strength (B,) or a number. delta and rollout belong to the other variant.
-    """
+    strength (B,) or a number. delta and rollout belong to the other variant."""
     z_t, kappa, full, weak = conditions(student, teacher, z0, c_str, c_sem, t, noise, partial, strength,
                                         struct_noise, alpha)
     v_loss, parts = base_loss(student, teacher, z_t, t, kappa, full, weak, omega, interval)
@@ -132,8 +138,7 @@ def rc_loss(student, teacher, z0, c_str, c_sem, t, r, noise, partial, strength=1
     What the paper leaves open follows the published models: the rollout is `rollout` equal Euler steps, its
     result is a displacement, and (c_l, c_r) = ((t - r) / delta, 1 / delta), or (1, 1 / (t - r)) once r is
     within delta. So (t - r) u = delta v_g + displacement at the fixed point. All of this stays float32: c_l
-    magnifies rounding.
-    """
+    magnifies rounding."""
     z_t, kappa, full, weak = conditions(student, teacher, z0, c_str, c_sem, t, noise, partial, strength,
                                         struct_noise, alpha)
     v_loss, parts = base_loss(student, teacher, z_t, t, kappa, full, weak, omega, interval)
@@ -160,13 +165,17 @@ def rc_loss(student, teacher, z0, c_str, c_sem, t, r, noise, partial, strength=1
                               corr=corr, u_target=target, u_loss=u_loss, loss=loss)
 
 
+LAWS = {"larger": torch.maximum, "uniform": lambda u, _: u,                     # of t, from two uniforms
+        "normal": lambda u, _: torch.special.ndtri(u).sigmoid()}
+
+
 def draw(cfg, z0, generator):
-    """Random inputs of both losses: t the larger of two uniforms, r uniform in [0, t]; else as train.py."""
+    """Random inputs of both losses: t by its law, r uniform in [0, t], or a corner; else as train.py."""
     drawn = train.draw(cfg, z0, generator)
-    u = torch.rand(4, len(z0), generator=generator, device=z0.device)
-    t = torch.maximum(u[0], u[1])
-    corner = u[3] < cfg.corner
-    return drawn | dict(t=torch.where(corner, 1.0, t), r=torch.where(corner, 0.0, t * u[2]))
+    u = torch.rand(5, len(z0), generator=generator, device=z0.device)
+    t, corner, jump = LAWS[cfg.law](u[0], u[1]), u[3] < cfg.corner, (cfg.few * u[4]).floor()
+    return drawn | dict(t=torch.where(corner, (jump + 1) / cfg.few, t),
+                        r=torch.where(corner, jump / cfg.few, t * u[2]))
 
 
 def one_step(student, z1, c_str, c_sem):
@@ -245,7 +254,6 @@ def pixel_loss(image, target):
 
 def autoencoder(cfg, device):
     """The tiny autoencoder from nothing, by reconstruction of HR and some LR crops.
-
     Noise on the latent makes the decoder forgive what a DiT gets wrong; the penalty keeps its scale finite.
     """
     torch.manual_seed(cfg.seed)
@@ -270,40 +278,51 @@ def autoencoder(cfg, device):
 
 
 def decoder(cfg, device):
-    """The light decoder retrained for SR (Sec. 4.1): from the student's one-step latents to the HR picture.
+    """The decoder retrained for SR (Sec. 4.1): from the student's one-step latents to the HR picture, or, by
+    --latents hr, to reconstruct. All else is frozen. The loss is pixel_loss, and `perceptual` times the
+    distance of DINOv2's tokens. Exporting the autoencoder stage again would put its own decoder back."""
+    path = cfg.teacher or Path(cfg.weights, {"tiny": "tiny/os", "sd2": "VOSR_0.5B_os"}[cfg.ae_type])
+    vae_path, from_hr = frozen_paths(cfg, cfg.weights)[0], cfg.latents == "hr"
+    vosr = (frozen(replace(cfg, semantics=cfg.perceptual > 0), device) if from_hr else
+            load_around(cfg, device, path, student=True))
+    cfg.tau = 1.0 if from_hr else read_json(model_folder(path) / "args.json").get("tau", 1.0)  # used with it
+    vae, config = load_vae(vae_path), read_json(vae_path / "config.json")
+    torch.manual_seed(cfg.seed)
+    if cfg.ae_type == "sd2":                                                # as the published light one
+        config = dict(block_out_channels=[64, 128, 256, 256], layers_per_block=2, in_channels=4)
+        vae.decoder, vae.post_quant_conv = sd_decoder(*config.values()), torch.nn.Identity()
+        config["out_channels"] = 3
+    elif cfg.light:
+        config["decoder_widths"] = [n // 2 for n in config["widths"]]
+        vae.decoder = TinyAutoencoder(**config).decoder
+    vae.requires_grad_(False).decoder.requires_grad_(True)
+    see = vosr.semantic_tokens if cfg.perceptual else None
 
-    Encoder, semantic encoder and student are frozen; the loss is pixel_loss and nothing else. Exporting the
-    autoencoder stage again would put its own decoder back.
-    """
-    student = cfg.teacher or Path(cfg.weights, "tiny/os")
-    vosr = load_around(cfg, device, student, student=True)
-    cfg.tau = read_json(model_folder(student) / "args.json").get("tau", 1.0)    # the noise it is used with
-    vae_path = frozen_paths(cfg, cfg.weights)[0]
-    vae = load_vae(vae_path)
-    vae.encoder.requires_grad_(False)
-
-    @torch.no_grad()
     def prepare(hr, lr):
-        return hr, vosr.encode(lr), vosr.semantic_tokens(lr)
+        return (hr, vosr.encode(hr)) if from_hr else (hr, vosr.encode(lr), vosr.semantic_tokens(lr))
 
     @torch.no_grad()
-    def restored(c_str, c_sem, generator):
-        noise = torch.randn(c_str.shape, generator=generator, device=device)
-        return one_step(vosr.dit, cfg.tau * noise, c_str, c_sem)
+    def latents(batch, generator):
+        noise = cfg.tau * torch.randn(batch[1].shape, generator=generator, device=device)
+        return batch[1] if from_hr else one_step(vosr.dit, noise, *batch[1:])
 
     def loss_fn(vae, batch, generator, log):
-        hr, c_str, c_sem = batch
-        return pixel_loss(vae.decode(restored(c_str, c_sem, generator)), hr)
+        image = vae.decode(latents(batch, generator))
+        loss = pixel_loss(image, batch[0])
+        return loss + cfg.perceptual * F.mse_loss(see(image), see(batch[0])) if see else loss
 
     hr, lr = preview_pairs(cfg, device)
 
     def preview(vae):
         """Rows: LR, the decoder before, now, HR."""
-        z0 = restored(*prepare(hr, lr)[1:], keyed_generator(device, cfg.seed, "noise"))
+        z0 = latents(prepare(hr, lr), keyed_generator(device, cfg.seed, "noise"))
         return torch.stack([lr, vosr.decode(z0), vae.decode(z0), hr])
 
     tensors = run(cfg, vae, loss_fn, prepare, preview)
-    return "vae", tensors, read_json(vae_path / "config.json"), "config.json"
+    if cfg.ae_type == "tiny":
+        return "vae", tensors, config, "config.json"
+    tensors = {n.removeprefix("decoder."): v for n, v in tensors.items() if n.startswith("decoder.")}
+    return "sd21_lwdecoder.pth", tensors, config, ""
 
 
 def main():
@@ -315,10 +334,16 @@ def main():
     cfg = cli(Config, PRESETS[method])
     cfg.out = cfg.out or f"out/{cfg.preset}-{cfg.method}"
     check(cfg)
+    validate(cfg, latents=("student", "hr"), law=LAWS, few=1, rollout=1)
+    if cfg.perceptual and cfg.ae_type == "tiny":
+        die("--perceptual needs the DINOv2 of a published family, tiny has none")
     rank, _, device = place(cfg.device)
-    part, net, config, name = methods[method](cfg, device)
-    if cfg.export and rank == 0:
-        export(Path(cfg.export, part), net, config, name)
+    part, tensors, config, name = methods[method](cfg, device)
+    if cfg.export and rank == 0 and name:
+        export(Path(cfg.export, part), tensors, config, name)
+    elif cfg.export and rank == 0:                                          # the authors' layout
+        stored = dict(config=config, model_state_dict=tensors)
+        write_whole(Path(cfg.export, part), lambda file: torch.save(stored, file))
 
 
 if __name__ == "__main__":

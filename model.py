@@ -465,16 +465,16 @@ class TinyAutoencoder(nn.Module):
     """Own small autoencoder, 16 channels, f8, deterministic; trained by `distill.py --method autoencoder`.
 
     latents_mean, latents_std (1, 16, 1, 1) normalise the latent; training measures them."""
-    def __init__(self, latent_channels=16, widths=(64, 96)):
+    def __init__(self, latent_channels=16, widths=(64, 96), decoder_widths=None):
         super().__init__()
-        a, b = widths
+        (a, b), (c, d) = widths, decoder_widths or widths
         self.encoder = nn.Sequential(
             nn.PixelUnshuffle(4), conv3(48, a), TinyRes(a), TinyRes(a),                              # 1/4
             nn.PixelUnshuffle(2), nn.Conv2d(4 * a, b, 1), TinyRes(b), conv3(b, latent_channels))     # 1/8
         self.decoder = nn.Sequential(
-            conv3(latent_channels, b), TinyRes(b), nn.Conv2d(b, 4 * a, 1),                           # 1/8
-            nn.PixelShuffle(2), TinyRes(a), TinyRes(a), nn.Conv2d(a, 2 * a, 1),                      # 1/4
-            nn.PixelShuffle(2), TinyRes(a // 2), conv3(a // 2, 12), nn.PixelShuffle(2))
+            conv3(latent_channels, d), TinyRes(d), nn.Conv2d(d, 4 * c, 1),                           # 1/8
+            nn.PixelShuffle(2), TinyRes(c), TinyRes(c), nn.Conv2d(c, 2 * c, 1),                      # 1/4
+            nn.PixelShuffle(2), TinyRes(c // 2), conv3(c // 2, 12), nn.PixelShuffle(2))
         self.register_buffer("latents_mean", torch.zeros(1, latent_channels, 1, 1))
         self.register_buffer("latents_std", torch.ones(1, latent_channels, 1, 1))
 
@@ -765,7 +765,7 @@ AUTOENCODERS = {  # per ae_type: class, and fields of config.json that it takes;
     "sd2": (AutoencoderKL, ("block_out_channels", "layers_per_block", "latent_channels", "norm_num_groups",
                             "scaling_factor")),
     "qwen": (QwenVAE, ("base_dim", "latents_mean", "latents_std", "z_dim", "dim_mult", "num_res_blocks")),
-    "tiny": (TinyAutoencoder, ("widths", "latent_channels"))}
+    "tiny": (TinyAutoencoder, ("widths", "latent_channels", "decoder_widths"))}
 
 
 def load_vae(folder, light_decoder=None, ae_type=None):

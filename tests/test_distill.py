@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from data import keyed_generator
 from distill import Config, base_loss, draw, edges, one_step, pixel_loss, rc_loss, shortcut_loss
-from model import DiT, ModelConfig
+from model import AutoencoderKL, DINOv2, DiT, ModelConfig, load_vae
 from train import per_sample
 
 ROOT = Path(__file__).parent.parent
@@ -102,6 +103,12 @@ def test_times_follow_the_published_law_and_corners_sit_at_one_and_zero():
     drawn = draw(Config(corner=0.25), z0, keyed_generator("cpu", 0))
     corner = (drawn["t"] == 1) & (drawn["r"] == 0)
     assert abs(corner.float().mean() - 0.25) < 0.01
+    drawn = draw(Config(corner=1, few=4), z0, keyed_generator("cpu", 0))
+    assert torch.allclose(drawn["t"] - drawn["r"], torch.tensor(0.25))
+    assert torch.equal((4 * drawn["r"]).unique(), torch.arange(4.0))
+    for law, mean, spread in (("uniform", 1 / 2, 12**-0.5), ("normal", 1 / 2, 0.2083)):
+        t = draw(Config(law=law), z0, keyed_generator("cpu", 0))["t"]
+        assert abs(t.mean() - mean) < 0.005 and abs(t.std() - spread) < 0.005
 
 
 def test_pixel_loss_counts_pixels_once_and_edges_half():
@@ -138,3 +145,36 @@ def test_the_whole_family_is_made_stage_by_stage_and_then_samples(tmp_path):
                         "--overwrite", tmp_path / "input.png"], cwd=ROOT, check=True)
     error = start("distill.py", "--method", "rc", *common, "--teacher", family / "os", code=2).stderr
     assert "is a one-step network" in error and error.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_the_light_decoder_of_tiny_is_half_as_wide_and_loads(tmp_path):
+    common = ("--method", "decoder", "--light", "--out", tmp_path / "out", "--export", tmp_path / "tiny")
+    start("distill.py", *common, "--latents", "hr")
+    vae, full = load_vae(tmp_path / "tiny" / "vae"), load_vae(ROOT / "weights" / "tiny" / "vae")
+    assert vae.decoder[0].out_channels == 48 and full.decoder[0].out_channels == 96
+    image = torch.rand(1, 3, 32, 48) * 2 - 1
+    assert torch.allclose(vae.encode(image), full.encode(image), atol=2e-3)     # the same, in half precision
+    assert "starts at" in start("distill.py", *common, "--few", "0", code=2).stderr
+    assert "needs the DINOv2" in start("distill.py", *common, "--perceptual", "1", code=2).stderr
+
+
+@pytest.mark.slow
+def test_the_light_decoder_of_stable_diffusion_is_written_as_the_authors_write_it(tmp_path):
+    """With a narrow encoder and a narrow DINOv2; the decoder has the published 12,387,459 parameters."""
+    shape = dict(block_out_channels=[32, 32, 32, 32], layers_per_block=1)
+    vae, eye = tmp_path / "stable-diffusion-2-1-base" / "vae", DINOv2(64, 1, 1, layer=0, size=28)
+    file = tmp_path / "torch_cache" / "checkpoints" / "dinov2_vitb14_pretrain.pth"
+    vae.mkdir(parents=True)
+    file.parent.mkdir(parents=True)
+    save_file(AutoencoderKL(**shape).state_dict(), vae / "diffusion_pytorch_model.safetensors")
+    (vae / "config.json").write_text(json.dumps(shape))
+    torch.save(eye.state_dict(), file)
+    done = start("distill.py", "--method", "decoder", "--preset", "0.5B", "--enc_dim", "64",
+                 "--weights", tmp_path, "--layer_dinov2b_list", "0", "--dinov2_size", "28", "--out", tmp_path / "out",
+                 "--export", tmp_path, "--log_every", "1", "--num_workers", "0")
+    assert "step 2 | loss" in done.stdout
+    stored = torch.load(tmp_path / "sd21_lwdecoder.pth", weights_only=True)
+    assert sum(v.numel() for v in stored["model_state_dict"].values()) == 12_387_459
+    light = load_vae(vae, tmp_path / "sd21_lwdecoder.pth", "sd2")
+    assert light.decode(torch.randn(1, 4, 4, 6)).shape == (1, 3, 32, 48)
