@@ -171,8 +171,8 @@ def test_the_light_decoder_of_stable_diffusion_is_written_as_the_authors_write_i
     (vae / "config.json").write_text(json.dumps(shape))
     torch.save(eye.state_dict(), file)
     done = start("distill.py", "--method", "decoder", "--preset", "0.5B", "--enc_dim", "64",
-                 "--weights", tmp_path, "--layer_dinov2b_list", "0", "--dinov2_size", "28", "--out", tmp_path / "out",
-                 "--export", tmp_path, "--log_every", "1", "--num_workers", "0")
+                 "--weights", tmp_path, "--layer_dinov2b_list", "0", "--dinov2_size", "28", "--log_every=1",
+                 "--out", tmp_path / "out", "--export", tmp_path, "--num_workers", "0")
     assert "step 2 | loss" in done.stdout
     stored = torch.load(tmp_path / "sd21_lwdecoder.pth", weights_only=True)
     assert sum(v.numel() for v in stored["model_state_dict"].values()) == 12_387_459
