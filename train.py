@@ -310,7 +310,7 @@ def run(cfg, net, loss_fn, prepare, preview):
     micros, seen = cfg.gradient_accumulation_steps, cfg.gradient_accumulation_steps * cfg.train_batch_size
     stream = batches(cfg, prepare, start * micros, rank, world, device)
     mine = range(max(64, world))[rank::world] if cfg.val_data else ()       # held-out crops, 8 at a time
-    val = [prepare(*preview_pairs(cfg, device, cfg.val_data, mine[i:i + 8])) for i in range(0, len(mine), 8)]
+    val = [preview_pairs(cfg, device, cfg.val_data, mine[i:i + 8]) for i in range(0, len(mine), 8)]
     status, stop = torch.zeros(11 + world, device=device), []  # loss, by t, val, first bad steps
     by_t = status[1:9].view(2, 4)
     signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
@@ -344,9 +344,9 @@ def run(cfg, net, loss_fn, prepare, preview):
         if not saving and done % cfg.log_every:                             # waited for but when logging
             continue
         with autocast:
-            for i, batch in enumerate(val if saving else ()):
-                errors = mean(loss_fn, batch, keyed_generator(device, cfg.seed, "val", rank, i), None)
-                status[9] += errors * len(batch[0]) / max(64, world)
+            for i, pairs in enumerate(val if saving else ()):
+                generator = keyed_generator(device, cfg.seed, "val", rank, i)
+                status[9] += mean(loss_fn, prepare(*pairs), generator, None) * len(pairs[0]) / max(64, world)
         status[0] = loss
         if world > 1:
             dist.all_reduce(status)
