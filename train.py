@@ -311,7 +311,7 @@ def run(cfg, net, loss_fn, prepare, preview):
     stream = batches(cfg, prepare, start * micros, rank, world, device)
     mine = range(max(64, world))[rank::world] if cfg.val_data else ()       # held-out crops, 8 at a time
     val = [preview_pairs(cfg, device, cfg.val_data, mine[i:i + 8]) for i in range(0, len(mine), 8)]
-    status, stop = torch.zeros(11 + world, device=device), []  # loss, by t, val, first bad steps
+    status, stop = torch.zeros(11 + world, device=device), []  # since the last line: loss, by t, val; bad
     by_t = status[1:9].view(2, 4)
     signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
     logged, waited, tick = start, 0.0, time.perf_counter()
@@ -339,6 +339,7 @@ def run(cfg, net, loss_fn, prepare, preview):
         if world > 1:
             dist.all_reduce(stopping)                                       # on the host, as GPUs are not
         saving = stopping or done == cfg.max_train_steps or done % cfg.save_every == 0
+        status[0] += loss
         for slot, value in ((10, norm), (11 + rank, loss)):
             status[slot] += done * ((status[slot] == 0) & ~value.isfinite())
         if not saving and done % cfg.log_every:                             # waited for but when logging
@@ -347,7 +348,6 @@ def run(cfg, net, loss_fn, prepare, preview):
             for i, pairs in enumerate(val if saving else ()):
                 generator = keyed_generator(device, cfg.seed, "val", rank, i)
                 status[9] += mean(loss_fn, prepare(*pairs), generator, None) * len(pairs[0]) / max(64, world)
-        status[0] = loss
         if world > 1:
             dist.all_reduce(status)
         total = status.tolist()
@@ -356,9 +356,9 @@ def run(cfg, net, loss_fn, prepare, preview):
             ranks = [k for k in range(world) if total[11 + k]] or "all"
             raise FloatingPointError(f"not finite: step {bad}, crops from {(bad - 1) * seen}, rank {ranks}; "
                                      "lower --learning_rate; the same command goes on before it")
-        seconds = time.perf_counter() - tick
-        row = dict(step=done, loss=total[0] / world, grad=float(norm), waiting=waited / seconds,
-                   learning_rate=rate(cfg, step), images_per_s=seen * (done - logged) / seconds)
+        seconds, steps = time.perf_counter() - tick, done - logged
+        row = dict(step=done, loss=total[0] / world / steps, grad=float(norm), waiting=waited / seconds,
+                   learning_rate=rate(cfg, step), images_per_s=seen * steps / seconds)
         row |= {f"loss_t{n}": total[1 + n] / total[5 + n] for n in range(4) if total[5 + n]}
         row |= {"val": total[9]} if saving and cfg.val_data else {}
         row |= {"gb": torch.cuda.max_memory_allocated() / 1e9} if device.type == "cuda" else {}
