@@ -147,6 +147,7 @@ def test_a_run_that_is_killed_goes_on_and_ends_with_the_same_bytes(photos, packe
     assert contents(out) == contents(packed[0]) and not list(out.glob("measures/.*"))
 
 
+@pytest.mark.slow
 def test_two_ranks_end_with_the_bytes_of_one(photos, packed, tmp_path):
     words = [ROOT / "tools" / "pack.py", photos[0], tmp_path / "out", *SMALL, "--workers", "2"]
     ranks = [subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE,

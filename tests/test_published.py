@@ -224,6 +224,7 @@ print(max(peak[0], anonymous()) - start)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_loading_takes_no_more_memory_than_the_weights_in_their_final_dtype(tmp_path):
     """In MiB, above what the imports take: nothing for a mapped file, the 16-bit copy for half precision."""

@@ -59,6 +59,7 @@ def test_size_arithmetic_for_all_small_sides_and_factors():
     assert len(list(passes((10, 10), (1000, 10)))) == math.ceil(math.log(100, 4))
 
 
+@pytest.mark.slow
 def test_200_drawn_combinations_of_sizes_and_tiles_come_out_exact(stub):
     draw = np.random.default_rng(0)
     for _ in range(200):

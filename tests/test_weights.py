@@ -43,6 +43,7 @@ def test_one_step_beats_bicubic_on_the_bundled_photo():
     assert ours["coherence"] > bicubic["coherence"] and bicubic["power"] + 2 < ours["power"] < 0
 
 
+@pytest.mark.slow
 def test_ten_steps_invent_more_detail_than_one():
     assert intact(1)["power"] + 1 < intact(10)["power"] < 0
     assert intact(10)["psnr"] > intact(1)["psnr"] - 2
@@ -55,7 +56,7 @@ def test_without_the_velocity_of_the_network_the_picture_is_lost():
     assert lost["psnr"] < intact(1)["psnr"] - 5 and lost["coherence"] < 0.03
 
 
-@pytest.mark.parametrize("steps", [1, 10])
+@pytest.mark.parametrize("steps", [1, pytest.param(10, marks=pytest.mark.slow)])
 def test_with_the_structure_of_another_picture_the_scores_fall_far(steps):
     vosr = load("tiny", steps, weights=ROOT / "weights")
     encode = vosr.encode
@@ -83,6 +84,7 @@ def likeness(a, b):
     return 10 * np.log10(255**2 / ((a - b) ** 2).mean())
 
 
+@pytest.mark.slow
 def test_each_knob_moves_the_picture_in_the_stated_direction():
     one, many = (load("tiny", steps, weights=ROOT / "weights") for steps in (1, 25))
     lr, hr = pictures()[0].crop((30, 10, 94, 74)), Image.fromarray(pictures()[1]).crop((120, 40, 376, 296))
