@@ -32,7 +32,7 @@ def final(out):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cache", ["0", "8"])
+@pytest.mark.parametrize("cache", [pytest.param("0", marks=pytest.mark.long), "8"])
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, cache):
     start(tmp_path / "a", "6", "--cache", cache)
     start(tmp_path / "b", "3", "--cache", cache)
