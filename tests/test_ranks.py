@@ -158,7 +158,7 @@ def spied(folder, ranks, steps, *more):
     return done.stdout, [crops[4:] for crops in numbers]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, monkeypatch):
     """Two ranks, then one: from the saved weights and moments, with the next crops."""
     printed, crops = spied(tmp_path, 2, 3)

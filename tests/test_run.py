@@ -44,7 +44,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, cache)
     assert a == b and len(a) == 6
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_torchrun_trains_on_two_ranks_and_leaves_a_complete_run_folder(tmp_path):
     start(tmp_path / "run", "3", "--cache", "0", ranks=2)
     names = {p.name for p in (tmp_path / "run").iterdir()}
