@@ -275,7 +275,7 @@ def run(cfg, net, loss_fn, prepare, preview):
                          if world > 1 else "--shard divides over the ranks of torchrun, here is one")
     out, net = Path(cfg.out), net.to(device)
     (out / "previews").mkdir(parents=True, exist_ok=True)
-    if cfg.init:
+    if cfg.init and not (out / "last").is_file():
         model.start_from(cfg.init, net)
     ema, net.recompute = deepcopy(net).requires_grad_(False).eval(), cfg.recompute
     start, weights = (state := resume(cfg, net, ema))["step"], sum(p.numel() for p in net.parameters())
@@ -289,7 +289,7 @@ def run(cfg, net, loss_fn, prepare, preview):
             shutil.rmtree(half)
         print(f"{weights / 1e6:.2f} M parameters, {world} x {device}, {start} of {cfg.max_train_steps} steps")
         if state.get("world", world) != world:
-            print(f"{state['world']} ranks before: weights and crops go on exactly, random draws differ")
+            print(f"{state['world']} ranks before: weights (uncached crops, too) go on, random draws differ")
         write_whole(out / "log.jsonl", lambda p: p.write_text("".join(json.dumps(row) + "\n" for row in log)))
         write_whole(out / "args.json", lambda p: p.write_text(json.dumps(model.settings(cfg), indent=1)))
     for block in getattr(net, "blocks", ()) if cfg.compile else ():
