@@ -182,7 +182,7 @@ def draw_panel(page, left, top, width, title, axis, right, ticks, curves, height
         pen.line(line, "#e8e8e8", 4)
         outer.text((left + at, top + height + 24), text, "#333", font(52), "ma")
     means = [common(runs) for runs in curves]
-    for (x, y), colour in zip(means, COLOURS, strict=False):
+    for (x, y), colour in zip(means, COLOURS[:len(means)], strict=True):
         if min(y.shape) > 1:
             pen.polygon(place(x, y.max(0)) + place(x, y.min(0))[::-1], colour + "38")
     for index, ((x, y), runs) in enumerate(zip(means, curves, strict=True)):

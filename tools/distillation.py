@@ -117,7 +117,7 @@ def random_pair(run, px, cfg, device):
     generator = torch.Generator().manual_seed(cfg.seed)
     student = random_dit(run, generator, device, gain=2.0)                      # see there for the gain
     teacher = random_dit(replace(run, auxiliary_time_cond=False), generator, device)
-    teacher.load_state_dict(student.state_dict(), strict=False)
+    teacher.load_state_dict({name: student.state_dict()[name] for name in teacher.state_dict()})
     latent, tokens = (student.channels, px // 8, px // 8), ((px // 32) ** 2, run.enc_dim)
     inputs = (torch.randn(cfg.batch, *s, generator=generator).to(device) for s in (latent, latent, tokens))
     return (student, teacher), given(run, *inputs, cfg)
