@@ -9,24 +9,24 @@ import sys
 from dataclasses import fields
 
 
-def die(message):
-    """Every wrong call ends here: one line on stderr, no traceback, exit code 2."""
+def die(message, code=2):
+    """Every failure that we foresee ends here: one line on stderr, no traceback; 2 = the call is wrong."""
     print("error:", message, file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)
 
 
 def launch(work):
-    """Run a script: wrong input is one line and exit code 2, a diverged loss 1, Ctrl-C 130."""
+    """Run a script: wrong input is one line and exit code 2, diverged or a dead worker 1, Ctrl-C 130."""
     try:
         work()
     except (ValueError, OSError) as error:
         die(str(error).strip().splitlines()[-1])
-    except FloatingPointError as error:
-        print("error:", error, file=sys.stderr)
-        sys.exit(1)
+    except (FloatingPointError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            raise
+        die(str(error).splitlines()[0], 1)
     except KeyboardInterrupt:
-        print("error: interrupted; the same command goes on from what is finished", file=sys.stderr)
-        sys.exit(130)
+        die("interrupted; the same command goes on from what is finished", 130)
 
 
 def cli(Config, presets=None, argv=None):

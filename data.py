@@ -161,7 +161,7 @@ def to_pillow(image):
 
 def write_whole(path, write):
     """write(hidden) makes a file or folder beside `path`, flushed and renamed: nobody sees half of it."""
-    hidden = (path := Path(path)).with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    hidden = (path := Path(path)).with_name(f".half.{os.getpid()}.{path.name}")
     try:
         write(hidden)
         for part in hidden.iterdir() if hidden.is_dir() else [hidden]:

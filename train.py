@@ -6,6 +6,7 @@
 The same command again resumes: same numbers as if it had never stopped. OUT/ gets log.jsonl, loss.png,
 previews/ and step-*/ (model, EMA, optimizer); OUT/last names the newest complete one.
 """
+import atexit
 import json
 import math
 import os
@@ -151,24 +152,26 @@ def pair(batch, cfg, device, *key):
     return hr / 127.5 - 1, torch.where(per_sample(paired), lr / 255, made) * 2 - 1
 
 
+def deaf(worker):
+    """Batch systems and torchrun send SIGTERM to data workers, too, which a last checkpoint still needs."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def batches(cfg, prepare, start, rank, world, device):
     """Yield prepare(hr, lr) of each micro-batch from number `start` on; both (B, 3, R, R) in [-1, 1]."""
     local = cfg.train_batch_size // world
     crops = Crops(open_source(cfg.data), cfg.resolution, cfg.seed)
     if rank == 0:
         print(describe(crops.source), flush=True)
-
     def load(numbers):
         first = (n * cfg.train_batch_size + rank * local for n in numbers)
-        loader = DataLoader(crops, batch_sampler=(range(i, i + local) for i in first),
+        loader = DataLoader(crops, batch_sampler=(range(i, i + local) for i in first), worker_init_fn=deaf,
                             num_workers=cfg.num_workers, pin_memory=device.type == "cuda")
         for number, batch in zip(numbers, loader, strict=True):
             yield prepare(*pair(batch, cfg, device, "degrade", number, rank))
-
     total = cfg.max_train_steps * cfg.gradient_accumulation_steps
     if not cfg.cache:
-        yield from load(range(start, total))
-        return
+        return (yield from load(range(start, total)))
     count = math.ceil(cfg.cache / cfg.train_batch_size)
     bar = tqdm(load(range(count)), "crops", count, leave=False, disable=True if rank else None)
     kept = [torch.cat(parts) for parts in zip(*bar, strict=True)]
@@ -197,14 +200,12 @@ def save(cfg, done, ddp, mean, opt):
     state = dict(step=done, world=world, optimizer=states.get_optimizer_state_dict(ddp, opt, options=WHOLE))
     if rank:
         return
-
     def write(folder):
         folder.mkdir()
         for file, tensors in parts.items():
             save_file(tensors, folder / file)
         (folder / "args.json").write_text(json.dumps(model.settings(cfg), indent=1))
         torch.save(state, folder / "state.pt")
-
     try:
         write_whole(out / name, write)
         write_whole(out / "last", lambda path: path.write_text(name + "\n"))
@@ -212,7 +213,7 @@ def save(cfg, done, ddp, mean, opt):
         raise ValueError(f"{out / name} cannot be written, those before it are whole: {reason}") from None
     for path in sorted(p for p in out.glob("step-*") if p.name < name)[:1 - cfg.keep or None]:
         if not cfg.keep_every or int(path.name[5:]) % cfg.keep_every:
-            shutil.rmtree(path)
+            shutil.rmtree(path.rename(out / f".half.{path.name}"))           # it is whole or gone
 
 
 def resume(cfg, net, ema):
@@ -235,7 +236,6 @@ def export(folder, tensors, config, name="config.json"):
         path.mkdir(parents=True)
         save_file({n: value.half() for n, value in tensors.items()}, path / "model.safetensors")
         (path / name).write_text(json.dumps(config, indent=1))
-
     write_whole(folder, write)
     print(f"wrote {folder}")
 
@@ -285,8 +285,8 @@ def run(cfg, net, loss_fn, prepare, preview):
     log = [row for row in map(json.loads, lines) if row["step"] <= start]     # a half line was dropped
     if rank == 0:
         show(cfg)
-        for half in out.glob(".step-*"):                                    # of a run that was killed
-            shutil.rmtree(half)
+        for half in list(out.rglob(".half.*")):                             # of a run that was killed
+            shutil.rmtree(half) if half.is_dir() else half.unlink()
         print(f"{weights / 1e6:.2f} M parameters, {world} x {device}, {start} of {cfg.max_train_steps} steps")
         if state.get("world", world) != world:
             print(f"{state['world']} ranks before: weights (uncached crops, too) go on, random draws differ")
@@ -309,11 +309,13 @@ def run(cfg, net, loss_fn, prepare, preview):
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     micros, seen = cfg.gradient_accumulation_steps, cfg.gradient_accumulation_steps * cfg.train_batch_size
     stream = batches(cfg, prepare, start * micros, rank, world, device)
+    atexit.register(stream.close)                                           # deaf workers would hang the exit
     mine = range(max(64, world))[rank::world] if cfg.val_data else ()       # held-out crops, 8 at a time
     val = [preview_pairs(cfg, device, cfg.val_data, mine[i:i + 8]) for i in range(0, len(mine), 8)]
     status, stop = torch.zeros(11 + world, device=device), []  # since the last line: loss, by t, val; bad
     by_t = status[1:9].view(2, 4)
     signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
+    all_reduce = dist.all_reduce if world > 1 else id
     logged, waited, tick = start, 0.0, time.perf_counter()
 
     for step in range(start, cfg.max_train_steps):
@@ -336,8 +338,7 @@ def run(cfg, net, loss_fn, prepare, preview):
         update_ema(ema, net, cfg.ema_decay)
 
         done, stopping = step + 1, torch.tensor(len(stop))
-        if world > 1:
-            dist.all_reduce(stopping)                                       # on the host, as GPUs are not
+        all_reduce(stopping)                                                # on the host, as GPUs are not
         saving = stopping or done == cfg.max_train_steps or done % cfg.save_every == 0
         status[0] += loss
         for slot, value in ((10, norm), (11 + rank, loss)):
@@ -348,13 +349,12 @@ def run(cfg, net, loss_fn, prepare, preview):
             for i, pairs in enumerate(val if saving else ()):
                 generator = keyed_generator(device, cfg.seed, "val", rank, i)
                 status[9] += mean(loss_fn, prepare(*pairs), generator, None) * len(pairs[0]) / max(64, world)
-        if world > 1:
-            dist.all_reduce(status)
+        all_reduce(status)
         total = status.tolist()
         status.zero_()
         if bad := round(total[10] / world):
-            ranks = [k for k in range(world) if total[11 + k]] or "all"
-            raise FloatingPointError(f"not finite: step {bad}, crops from {(bad - 1) * seen}, rank {ranks}; "
+            raise FloatingPointError(f"not finite: step {bad}, crops from {(bad - 1) * seen}, rank "
+                                     f"{[k for k in range(world) if total[11 + k]] or 'all'}; "
                                      "lower --learning_rate; the same command goes on before it")
         seconds, steps = time.perf_counter() - tick, done - logged
         row = dict(step=done, loss=total[0] / world / steps, grad=float(norm), waiting=waited / seconds,
