@@ -29,11 +29,12 @@ from model import (
     load_vae,
     model_folder,
     partial_condition,
+    per_sample,
     read_json,
     sd_decoder,
     settings,
 )
-from train import check, export, frozen, mix_conditions, per_sample, place, preview_pairs, run
+from train import check, export, frozen, mix_conditions, place, preview_pairs, run
 
 LARGE = train.LARGE | dict(resolution=512, train_batch_size=32, learning_rate=2e-5, max_train_steps=50_000,
                            save_every=5_000)  # Table 5
@@ -187,8 +188,7 @@ def one_step(student, z1, c_str, c_sem):
 def load_around(cfg, device, path, student):
     """Frozen bundle around the DiT of `path`; for tiny with the semantic encoder that it learned with.
 
-    Raises ValueError when that DiT is not of the shape of this run's, or not a student where one is wanted.
-    """
+    ValueError when that DiT is not of the shape of this run's, or not a student where one is wanted."""
     vosr = frozen(cfg, device)
     vosr.dit = load_dit(path).to(device).eval().requires_grad_(False)
     if vosr.dit.cfg.auxiliary_time_cond and not student:

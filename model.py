@@ -252,6 +252,11 @@ class DiT(nn.Module):
         return x.flatten(4, 5).flatten(2, 3)
 
 
+def per_sample(x):
+    """(B,) -> (B, 1, 1, 1); a plain number stays what it is."""
+    return x.view(-1, 1, 1, 1) if torch.is_tensor(x) else x
+
+
 def partial_condition(c_str, c_sem, alpha):
     """kappa = (alpha c_str, no semantics), the weakly anchored branch of Sec. 3.3.
 

@@ -15,6 +15,7 @@ import signal
 import time
 from copy import deepcopy
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -86,17 +87,12 @@ class Config(model.ModelConfig):
 
 
 # ---------------------------------------------------------------- the objective
-def per_sample(x):
-    """(B,) -> (B, 1, 1, 1); a plain number stays what it is."""
-    return x.view(-1, 1, 1, 1) if torch.is_tensor(x) else x
-
-
 def mix_conditions(c_str, c_sem, partial, alpha, strength, struct_noise):
     """kappa of each sample (Sec. 3.3): (alpha c_str, no semantics) where partial is set, else (c_str, c_sem).
     strength mixes noise into c_str of full samples, as the published models were trained; 1 = the paper.
     Returns the mixed c_str and c_sem, and the noisy c_str of all samples, which a teacher sees."""
     noisy = strength * c_str + (1 - strength**2) ** 0.5 * struct_noise
-    mixed = torch.where(per_sample(partial), alpha * c_str, noisy)
+    mixed = torch.where(model.per_sample(partial), alpha * c_str, noisy)
     return mixed, torch.where(partial.view(-1, 1, 1), 0.0, c_sem), noisy
 
 
@@ -104,7 +100,7 @@ def flow_loss(net, z0, c_str, c_sem, t, noise, partial, alpha, strength=1.0, str
     """Multi-step objective, paper Eq. 1: mean of || v_theta(z_t, t, kappa) - v ||^2, a float32 scalar.
     z0, c_str, noise, struct_noise (B, C, h, w); c_sem (B, N, enc_dim); t (B,); alpha, strength (B,) or
     numbers; partial (B,) bool. log (2, 4): sums and numbers of samples by quarters of t are added to it."""
-    t_, alpha, strength = map(per_sample, (t, alpha, strength))
+    t_, alpha, strength = map(model.per_sample, (t, alpha, strength))
     z_t = (1 - t_) * z0 + t_ * noise                                            # Sec. 3.1
     c_str, c_sem, _ = mix_conditions(c_str, c_sem, partial, alpha, strength, struct_noise)
     v = net(z_t, t, c_str, c_sem)                                               # (B, C, h, w)
@@ -149,26 +145,31 @@ def pair(batch, cfg, device, *key):
     hr, lr, paired = (part.to(device, non_blocking=True) for part in batch)
     made = hr if batch[2].all() else degrade(  # pairs alone need none
         hr / 255, keyed_generator("cpu", cfg.seed, *key), cfg.degradation, per_batch=cfg.per_batch)
-    return hr / 127.5 - 1, torch.where(per_sample(paired), lr / 255, made) * 2 - 1
+    return hr / 127.5 - 1, torch.where(model.per_sample(paired), lr / 255, made) * 2 - 1
 
 
-def deaf(worker):
-    """Batch systems and torchrun send SIGTERM to data workers, too, which a last checkpoint still needs."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def deaf(leaving, worker):
+    """Batch systems and torchrun send SIGTERM to data workers, too, which are needed until the run leaves."""
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if leaving else None)
 
 
 def batches(cfg, prepare, start, rank, world, device):
     """Yield prepare(hr, lr) of each micro-batch from number `start` on; both (B, 3, R, R) in [-1, 1]."""
-    local = cfg.train_batch_size // world
+    local, leaving = cfg.train_batch_size // world, torch.zeros(1).share_memory_()
+    atexit.register(leaving.fill_, 1)
     crops = Crops(open_source(cfg.data), cfg.resolution, cfg.seed)
     if rank == 0:
         print(describe(crops.source), flush=True)
     def load(numbers):
         first = (n * cfg.train_batch_size + rank * local for n in numbers)
-        loader = DataLoader(crops, batch_sampler=(range(i, i + local) for i in first), worker_init_fn=deaf,
-                            num_workers=cfg.num_workers, pin_memory=device.type == "cuda")
-        for number, batch in zip(numbers, loader, strict=True):
-            yield prepare(*pair(batch, cfg, device, "degrade", number, rank))
+        loader = DataLoader(crops, batch_sampler=(range(i, i + local) for i in first),
+                            num_workers=cfg.num_workers, pin_memory=device.type == "cuda",
+                            worker_init_fn=partial(deaf, leaving))
+        try:
+            for number, batch in zip(numbers, loader, strict=True):
+                yield prepare(*pair(batch, cfg, device, "degrade", number, rank))
+        except (ConnectionError, EOFError):
+            raise RuntimeError("DataLoader worker is gone") from None
     total = cfg.max_train_steps * cfg.gradient_accumulation_steps
     if not cfg.cache:
         return (yield from load(range(start, total)))
@@ -309,7 +310,6 @@ def run(cfg, net, loss_fn, prepare, preview):
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     micros, seen = cfg.gradient_accumulation_steps, cfg.gradient_accumulation_steps * cfg.train_batch_size
     stream = batches(cfg, prepare, start * micros, rank, world, device)
-    atexit.register(stream.close)                                           # deaf workers would hang the exit
     mine = range(max(64, world))[rank::world] if cfg.val_data else ()       # held-out crops, 8 at a time
     val = [preview_pairs(cfg, device, cfg.val_data, mine[i:i + 8]) for i in range(0, len(mine), 8)]
     status, stop = torch.zeros(11 + world, device=device), []  # since the last line: loss, by t, val; bad

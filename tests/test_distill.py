@@ -11,8 +11,7 @@ from safetensors.torch import save_file
 
 from data import keyed_generator
 from distill import Config, base_loss, draw, edges, one_step, pixel_loss, rc_loss, shortcut_loss
-from model import AutoencoderKL, DINOv2, DiT, ModelConfig, load_vae
-from train import per_sample
+from model import AutoencoderKL, DINOv2, DiT, ModelConfig, load_vae, per_sample
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--dim", "32", "--depth", "1", "--num_heads", "1", "--enc_dim", "8", "--resolution", "80",

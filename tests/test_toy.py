@@ -11,7 +11,7 @@ import torch
 
 from data import keyed_generator
 from distill import Config, draw, one_step, rc_loss, shortcut_loss
-from train import per_sample
+from model import per_sample
 
 WIDTH, BATCH, STEPS = 0.5, 256, 1500
 GRID = torch.linspace(-2.5, 2.5, 101).view(-1, 1, 1, 1)                         # z1

@@ -26,7 +26,7 @@ import distill
 import train
 from config import cli, die, launch
 from data import keyed_generator
-from model import DiT, choose_device, load_dit
+from model import DiT, choose_device, load_dit, per_sample
 from tools.precision import GPUProducts, random_dit
 
 PAIRS = {name: distill.Config(**shape | dict(auxiliary_time_cond=True, corner=0.0))  # t and r as published
@@ -65,13 +65,13 @@ def plain_loss(method, student, teacher, z0, c_str, c_sem, t, r, noise, partial,
     """rc_loss or shortcut_loss in six passes that share nothing, in the dtype of z0. Arguments as there;
     strength and alpha (B,). Returns (loss, intermediates of the same names)."""
     def at(x):
-        return train.per_sample(x).to(z0.dtype)                                       # (B, 1, 1, 1)
+        return per_sample(x).to(z0.dtype)                                       # (B, 1, 1, 1)
 
     def f(z, t, r):
         return student(z, t, *kappa, r=r).to(z0.dtype)
     z_t, weak, empty = (1 - at(t)) * z0 + at(t) * noise, at(alpha) * c_str, torch.zeros_like(c_sem)
     noisy = at(strength) * c_str + at((1 - strength**2) ** 0.5) * struct_noise
-    kappa = torch.where(train.per_sample(partial), weak, noisy), torch.where(partial.view(-1, 1, 1), 0, c_sem)
+    kappa = torch.where(per_sample(partial), weak, noisy), torch.where(partial.view(-1, 1, 1), 0, c_sem)
     with torch.no_grad():
         v_cond, v_pcond = (teacher(z_t, t, *c).to(z0.dtype) for c in ((noisy, c_sem), (weak, empty)))
         v_guided = v_pcond + omega * (v_cond - v_pcond)                         # Eq. 5
@@ -98,7 +98,7 @@ def plain_loss(method, student, teacher, z0, c_str, c_sem, t, r, noise, partial,
 
 def unclipped(parts):
     """The correction of Eq. 14 before the clip, (B, C, h, w) in the dtype of its parts."""
-    c_l, c_r = (train.per_sample(parts[name]).to(parts["u_pred"].dtype) for name in ("c_l", "c_r"))
+    c_l, c_r = (per_sample(parts[name]).to(parts["u_pred"].dtype) for name in ("c_l", "c_r"))
     return c_l * parts["u_pred"] - c_r * parts["rollout"] - parts["v_guided"]
 
 
