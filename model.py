@@ -233,21 +233,23 @@ class DiT(nn.Module):
             raise ValueError(f"latent sides must be multiples of {p}, got {tuple(z_t.shape[-2:])}")
         if (r is not None) != self.cfg.auxiliary_time_cond:
             raise ValueError("a one-step network needs the target time r, a multi-step network has none")
-        with torch.autocast("cpu" if z_t.is_meta else z_t.device.type, enabled=False):  # time in float32
+        exact = torch.autocast("cpu" if z_t.is_meta else z_t.device.type, enabled=False)
+        with exact:                                                             # latents, time, v in float32
             c = self.t_embedder(t)                                                    # (B, D)
             if r is not None:
                 c = c + self.r_embedder(r) * (t - r)[:, None].to(c.dtype)             # vanishes at r = t
             time = self.t_block(c).unflatten(-1, (6, -1))                             # (B, 6, D), all blocks
             last = self.final_layer.adaLN_modulation(c)[:, None].chunk(2, dim=-1)     # (B, 1, D), twice
+            x = self.x_embedder(torch.cat([c_str, z_t], dim=1).to(time.dtype))        # (B, T, D)
         memory = (c_sem if isinstance(c_sem, list) else                               # per block, or
                   [self.mlp_ca(self.layer_norm(c_sem))] * self.cfg.depth)             # (B, N, D) for all
         rope = rope_table(height, width, self.native, self.cfg.dim // self.cfg.num_heads, z_t.device)
 
-        x = self.x_embedder(torch.cat([c_str, z_t], dim=1)).to(time.dtype)            # (B, T, D)
         for block, s in zip(self.blocks, memory, strict=True):
             x = (checkpoint(block, x, time, s, rope, use_reentrant=False) if self.recompute and self.training
                  else block(x, time, s, rope))
-        x = self.final_layer(x, *last).unflatten(-1, (p, p, -1))                      # (B, T, p, p, C)
+        with exact:
+            x = self.final_layer(x, *last).unflatten(-1, (p, p, -1))                  # (B, T, p, p, C)
         x = x.unflatten(1, (height, width)).permute(0, 5, 1, 3, 2, 4)                 # (B, C, h/p, p, w/p, p)
         return x.flatten(4, 5).flatten(2, 3)
 
@@ -676,9 +678,9 @@ def build(make, source):
 
 
 def halve(net, dtype):
-    """A DiT's products and convolutions in half precision, for autocast; norms and time stay float32."""
+    """A DiT's products in half precision, for autocast; norms, time, first and last layer stay float32."""
     for name, module in net.named_modules() if dtype else ():
-        if isinstance(module, (nn.Linear, nn.Conv2d)) and not name.startswith(("t_", "r_", "final_layer.a")):
+        if isinstance(module, nn.Linear) and name.startswith(("blocks.", "mlp_ca.")):
             module.to(dtype)
     return net
 

@@ -87,17 +87,17 @@ def test_noise_goes_with_one_over_delta():
     assert 3 < noise[0.01] / noise[0.04] < 5
 
 
-@pytest.mark.parametrize("way", ["", "time", "ends"])
+@pytest.mark.parametrize("way", ["", "ends", "all"])
 def test_a_way_changes_the_layers_it_names(way):
-    """With us the time is in float32, all other layers compute in half precision."""
+    """With us the time, the first and the last layer are in float32, all else computes in half precision."""
     (nets, inputs), found = small(), {}
     for name, part in nets[0].named_modules():
         if name in ("x_embedder", "t_block", "final_layer", "blocks.0.mlp.w3"):
             part.register_forward_hook(lambda _, __, out, name=name: found.update({name: out.dtype}))
     parts_of(nets, inputs, BF16, way)
-    ends = torch.float32 if way == "ends" else BF16
+    ends = BF16 if way else torch.float32
     assert found == {"x_embedder": ends, "blocks.0.mlp.w3": BF16, "final_layer": ends,
-                     "t_block": BF16 if way == "time" else torch.float32}
+                     "t_block": BF16 if way == "all" else torch.float32}
 
 
 # ---------------------------------------------------------------- the command

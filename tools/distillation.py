@@ -33,12 +33,11 @@ PAIRS = {name: distill.Config(**shape | dict(auxiliary_time_cond=True, corner=0.
          for name, shape in distill.DISTILL.items()}
 BF16, FP16, OURS, FINE = torch.bfloat16, torch.float16, "bf16 autocast (ours)", "fp16 autocast"
 MODES = {  # name: dtype, way (see parts_of)
-    "bf16, everything cast": (BF16, "cast"), "bf16 autocast, time too (official)": (BF16, "time"),
-    OURS: (BF16, ""), "bf16 autocast, first and last layer fp32": (BF16, "ends"),
-    FINE: (FP16, ""), "fp16 autocast, first and last layer fp32": (FP16, "ends"),
+    "bf16, everything cast": (BF16, "cast"), "bf16 autocast of all layers (official)": (BF16, "all"),
+    "bf16 autocast, but for the time": (BF16, "ends"), OURS: (BF16, ""), FINE: (FP16, ""),
     "fp32": (torch.float32, "")}
-LAYERS = {"time": ("t_embedder", "r_embedder", "t_block", "final_layer.adaLN_modulation"),
-          "ends": ("x_embedder", "final_layer")}
+LAYERS = {"ends": ("x_embedder", "final_layer.linear")}
+LAYERS["all"] = *LAYERS["ends"], "t_embedder", "r_embedder", "t_block", "final_layer.adaLN_modulation"
 MIXED = {  # name: what is taken from FINE, all else from OURS
     "ours, rollout fp16": ["rollout"], "ours, rollout and sg(u) fp16, one more pass": ["rollout", "u_pred"]}
 
@@ -136,12 +135,12 @@ def tiny_pair(cfg, device):
 # ---------------------------------------------------------------- noise
 @torch.no_grad()
 def parts_of(nets, inputs, dtype, way=""):
-    """Intermediates of rc_loss under autocast to dtype; way "time": of the time embedding, too; "ends": but
-    for the first and last layer; "cast": of plain_loss, all in dtype, but for the times where it is half."""
+    """Intermediates of rc_loss under autocast to dtype; way "ends": of first and last layer, too; "all": of
+    the time embedding, too; "cast": of plain_loss, all in dtype, but for the times where it is half."""
     nets, device, half = deepcopy(nets), inputs["z0"].device.type, dtype.itemsize == 2
     for name, part in (pair for net in nets for pair in net.named_modules()):
         if name in LAYERS.get(way, ()):
-            part.forward = torch.autocast(device, dtype, enabled=way == "time")(part.forward)
+            part.forward = torch.autocast(device, dtype)(part.forward)
     with GPUProducts() if device == "cpu" and half else nullcontext():
         if way != "cast":
             with torch.autocast(device, dtype if half else BF16, enabled=half):
