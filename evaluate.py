@@ -14,21 +14,24 @@ import csv
 import hashlib
 import json
 import math
+import os
 import platform
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import PIL
 import torch
+import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
 from config import cli, die, validate
-from data import DEGRADATIONS, SUFFIXES, degrade, open_source, read_levels, write_image
+from data import DEGRADATIONS, SUFFIXES, degrade, open_source, read_levels, write_image, write_whole
 from model import find_weights
 from sample import COLORS, HALF, find_model, load, upscale
 
@@ -57,7 +60,7 @@ class Config:
     limit: int = 0  # only the first so many pictures; 0: all
     from_: str = ""  # score the finished pictures of this folder instead of running a model
     against: str = ""  # per_image.csv of another run: paired comparison, picture by picture
-    metric_weights: str = ""  # niqe_pris_params.npz or the folder that holds it; without it niqe stays empty
+    metric_weights: str = ""  # another niqe_pris_params.npz, or the folder that holds it
 
 
 # ---------------------------------------------------------------- metrics
@@ -67,9 +70,7 @@ class Config:
 
 def luma(image, limited):
     """(H, W, 3) -> Y (H, W), not rounded; limited: BT.601 video range 16..235, otherwise 0..255.
-
-    The papers take PSNR and SSIM on the limited range, which gives 20 log10(255 / 219) = 1.32 dB more.
-    """
+    The papers take PSNR and SSIM on the limited range, which gives 20 log10(255 / 219) = 1.32 dB more."""
     if limited:
         return 16 + image @ np.array([65.481, 128.553, 24.966]) / 255
     return image @ np.array([0.299, 0.587, 0.114])
@@ -101,9 +102,7 @@ def gaussian_window(size, sigma):
 
 def ssim_maps(a, b):
     """Y of two pictures (H, W) -> maps of SSIM and of its contrast-structure factor (H-10, W-10).
-
-    Wang et al. 2004: Gaussian window 11x11, sigma 1.5, biased variances; the factor is clamped at 0.
-    """
+    Wang et al. 2004: Gaussian window 11x11, sigma 1.5, biased variances; the factor is clamped at 0."""
     mean = partial(correlate, window=gaussian_window(11, 1.5))
     c1, c2, ma, mb = (0.01 * 255) ** 2, (0.03 * 255) ** 2, mean(a), mean(b)
     cov, var_a, var_b = mean(a * b) - ma * mb, mean(a * a) - ma**2, mean(b * b) - mb**2
@@ -152,7 +151,6 @@ def gmsd_y(image, gt):
 
 def lr_psnr(image, lr):
     """PSNR in dB of the picture, shrunk by Pillow's bicubic filter, against LR; higher is better, at most 80.
-
     Did the model keep to its input? HR itself scores low where the input is blurred or noisy: see its value.
     """
     small = np.asarray(Image.fromarray(image).resize(lr.shape[1::-1], Image.Resampling.BICUBIC))
@@ -200,9 +198,7 @@ def spec_hi(image, gt, size=np.positive):
 
 def coherence(image, gt):
     """Correlation with gt of the detail at 0.125..0.5 cycles/px, whitened per bin; -1..1, higher is better.
-
-    1: the same detail; 0: none, or one unrelated to gt, such as grain, which raises sharpness.
-    """
+    1: the same detail; 0: none, or one unrelated to gt, such as grain, which raises sharpness."""
     bins, a, b = frequency_bin(*gt.shape[:2]), spectrum(image), spectrum(gt)
     cross, power_a, power_b = (total(x.real, bins)[HIGH] for x in (a * b.conj(), a * a.conj(), b * b.conj()))
     return np.nanmean(cross / np.sqrt(power_a * power_b + 1e-12))
@@ -259,7 +255,6 @@ def niqe_features(image, block):
 
 def niqe(image, natural, limited=False):
     """Distance of local statistics from those of natural photos, from 0, lower is better (Mittal 2013).
-
     natural: mean (36,), covariance (36, 36) of pristine photos. Full-range Y; two blocks of 96 px are needed.
     """
     mu, cov = natural
@@ -276,9 +271,10 @@ def niqe(image, natural, limited=False):
     return math.sqrt(d @ np.linalg.pinv((cov + np.cov(usable, rowvar=False)) / 2) @ d)
 
 
-def read_natural(path):
-    """niqe_pris_params.npz, or a folder that holds it -> mean (36,), covariance (36, 36) for niqe."""
-    path = Path(path) / "niqe_pris_params.npz" if Path(path).is_dir() else Path(path)
+def read_natural(path=""):
+    """niqe_pris_params.npz, ours or another, or its folder -> mean (36,), covariance (36, 36) for niqe."""
+    path = Path(path or Path(__file__).with_name("assets"))
+    path = path / "niqe_pris_params.npz" if path.is_dir() else path
     try:
         with np.load(path) as file:
             return file["mu_pris_param"].reshape(36), file["cov_pris_param"].reshape(36, 36)
@@ -299,10 +295,9 @@ COLUMNS = ("stem", "set", "height", "width", *SETTINGS, *METRICS)  # of per_imag
 
 
 def score(image, gt, lr, natural):
-    """Pictures (H, W, 3), LR (h, w, 3), natural: see niqe, None leaves it out -> {column: float}."""
+    """Pictures (H, W, 3), LR (h, w, 3), natural: see niqe -> {column: float}."""
     second = {"lr_psnr": lr, "niqe": natural}
-    return {name: math.nan if name == "niqe" and natural is None else float(f(image, second.get(name, gt)))
-            for name, (_, f) in METRICS.items()}
+    return {name: float(f(image, second.get(name, gt))) for name, (_, f) in METRICS.items()}
 
 
 def average(scores):
@@ -380,10 +375,8 @@ def read_pair(hr_path, lr_path, scale):
 
 def make_pair(source, index, stem, cfg):
     """Degrade a photo by draws that depend on its stem alone, write OUT/HR and OUT/LR, read them back.
-
     HR is the central part whose sides are multiples of 16 * scale: LR and its enlargement then fit the grid
-    of the network, 16 px (8 per latent, patches of 2), and no padding enters the scores.
-    """
+    of the network, 16 px (8 per latent, patches of 2), and no padding enters the scores."""
     generator = torch.Generator().manual_seed(int(hashlib.sha256(stem.encode()).hexdigest()[:8], 16))
     hr, grid = source.image(index, generator).float() / 255, 16 * cfg.scale
     (height, width), (H, W) = hr.shape[1:], (side // grid * grid for side in hr.shape[1:])
@@ -480,11 +473,46 @@ def describe(cfg, vosr):
     return settings | dict(ckpt_sha256_8=hashlib.sha256(checkpoint).hexdigest()[:8], dtype=dtype)
 
 
+def score_pair(cfg, known, stem, pair, finished, vosr, natural):
+    """Scores of bicubic, ours and the ground truth alone, and the settings of `describe` beside ours.
+    Kept in OUT/scores/STEM.json: taken from there while the pictures and `known`, settings and code, are the
+    same. finished: path of --from's picture, or None; pair: see find_pairs. ValueError: sizes differ."""
+    gt, lr, name = pair()
+    pictures, seconds = [read_pixels(finished)] if finished else [], ""
+    key = repr(known).encode() + b"".join(map(np.ndarray.tobytes, (gt, lr, *pictures)))
+    key = hashlib.sha256(key).hexdigest()
+    note, picture = Path(cfg.out, "scores", f"{stem}.json"), Path(cfg.out, "SR", f"{stem}.png")
+    kept = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
+    if kept.get("key") == key and (finished or picture.is_file()):
+        return kept
+    if vosr:
+        pictures, seconds = restore(cfg, vosr, lr, name, stem)
+    if pictures[0].shape != gt.shape:
+        (H, W, _), (h, w, _) = gt.shape, pictures[0].shape
+        raise ValueError(f"{finished} is {w}x{h}, its ground truth {W}x{H}")
+    bicubic = np.asarray(Image.fromarray(lr).resize(gt.shape[1::-1], Image.Resampling.BICUBIC))
+    row = dict(stem=stem, set=Path(cfg.data).resolve().name, height=gt.shape[0], width=gt.shape[1])
+    ours = average([score(picture, gt, lr, natural) for picture in pictures])
+    kept = dict(key=key, lr_sha256=hashlib.sha256(lr.tobytes()).hexdigest(),
+                rows=[row | dict(model="bicubic") | score(bicubic, gt, lr, natural),
+                      row | known[0] | dict(seconds=seconds) | ours],
+                original=dict(lr_psnr=lr_psnr(gt, lr), niqe=niqe(gt, natural)))
+    note.parent.mkdir(exist_ok=True)
+    write_whole(note, lambda path: path.write_text(json.dumps(kept), encoding="utf-8"))
+    return kept
+
+
 def evaluate(cfg):
-    """Run a protocol, write OUT/per_image.csv and OUT/summary.json -> the content of the latter."""
+    """Run a protocol, write OUT/per_image.csv and OUT/summary.json -> the content of the latter.
+    Under torchrun the ranks share the pictures, and all but the first end here, with code 0."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        dist.init_process_group("gloo", timeout=timedelta(days=30))             # ranks wait for the slowest
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     try:
         theirs = read_scores(cfg.against) if cfg.against else {}
-        natural = read_natural(cfg.metric_weights) if cfg.metric_weights else None
+        natural = read_natural(cfg.metric_weights)
         cfg, pairs, finished, vosr = prepare(cfg)
         Path(cfg.out).mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
@@ -492,30 +520,25 @@ def evaluate(cfg):
     if theirs and not theirs.keys() & pairs.keys():
         die(f"--against {cfg.against} has no picture in common with {cfg.data}")
     missing = [stem for stem in pairs if cfg.from_ and stem not in finished]
-    stems, settings = [stem for stem in pairs if stem not in missing], describe(cfg, vosr)
+    stems, settings = [stem for stem in pairs if stem not in missing][:cfg.limit or None], describe(cfg, vosr)
+    code = [file.read_text() for folder in (".", "kernels")
+            for file in sorted(Path(__file__).parent.joinpath(folder).glob("*.py"))]
+    known = settings, asdict(replace(cfg, data="", out="", from_="", against="", limit=0)), code
 
-    rows, originals, failed, lr_sha256 = [], [], [], hashlib.sha256()
-    for stem in tqdm(stems[:cfg.limit or None], unit="picture", disable=None):
-        try:
-            gt, lr, name = pairs[stem]()
-            pictures, seconds = [read_pixels(finished[stem])] if finished else [], ""
-            if vosr:
-                pictures, seconds = restore(cfg, vosr, lr, name, stem)
-            if pictures[0].shape != gt.shape:
-                (H, W, _), (h, w, _) = gt.shape, pictures[0].shape
-                raise ValueError(f"{finished[stem]} is {w}x{h}, its ground truth {W}x{H}")
-        except (ValueError, FloatingPointError, MemoryError, torch.OutOfMemoryError) as error:
-            failed.append(f"{stem}: {error}")
-            continue
-        bicubic = np.asarray(Image.fromarray(lr).resize(gt.shape[1::-1], Image.Resampling.BICUBIC))
-        row = dict(stem=stem, set=Path(cfg.data).resolve().name, height=gt.shape[0], width=gt.shape[1])
-        scores = average([score(picture, gt, lr, natural) for picture in pictures])
-        rows += [row | dict(model="bicubic") | score(bicubic, gt, lr, natural),
-                 row | settings | dict(seconds=seconds) | scores]
-        originals.append(dict(lr_psnr=lr_psnr(gt, lr), niqe=niqe(gt, natural) if natural else math.nan))
-        lr_sha256.update(lr.tobytes())
-    if not rows:
+    for share in (stems[rank::world], stems)[world == 1:]:                      # first among ranks, then all
+        done, failed = [], []
+        for stem in tqdm(share, unit="picture", disable=True if rank else None):
+            try:
+                done.append(score_pair(cfg, known, stem, pairs[stem], finished.get(stem), vosr, natural))
+            except (ValueError, FloatingPointError, MemoryError, torch.OutOfMemoryError) as error:
+                failed.append(f"{stem}: {error}")
+        if share is not stems:                                                  # the first rank collects
+            dist.barrier()
+        if rank:
+            sys.exit(0)
+    if not done:
         die(f"none of {len(failed)} pictures could be scored; {failed[0]}")
+    rows = [row for kept in done for row in kept["rows"]]
 
     with open(Path(cfg.out, "per_image.csv"), "w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, COLUMNS)
@@ -523,6 +546,7 @@ def evaluate(cfg):
         for row in rows:
             cells = {k: f"{v:.6f}" if isinstance(v, float) else v for k, v in row.items()}
             table.writerow({k: "" if v == "nan" else v for k, v in cells.items()})
+    originals, lr_sha256 = [k["original"] for k in done], "".join(k["lr_sha256"] for k in done)
     bicubic, ours = ([{name: row[name] for name in METRICS} for row in rows[i::2]] for i in (0, 1))
     stems = [row["stem"] for row in rows[1::2]]
     summary = dict(
@@ -530,15 +554,15 @@ def evaluate(cfg):
         means={"bicubic": average(bicubic), settings["model"]: average(ours), "HR": average(originals)},
         seconds=sum(row["seconds"] for row in rows[1::2]) / len(stems) if vosr else None,
         against=compare(dict(zip(stems, ours, strict=True)), theirs), failed=failed, missing=missing,
-        lr_sha256=lr_sha256.hexdigest(), device=str(next(vosr.parameters()).device) if vosr else None,
+        lr_sha256=hashlib.sha256(lr_sha256.encode()).hexdigest(),
+        device=str(next(vosr.parameters()).device) if vosr else None,
         versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
                       pillow=PIL.__version__))
     summary = json.loads(json.dumps(summary), parse_constant=lambda _: None)  # JSON has no nan: null
     Path(cfg.out, "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
     for name in METRICS:
         if empty := sum(math.isnan(scores[name]) for scores in ours):
-            needs = "more pixels or detail" if natural or name != "niqe" else "--metric_weights (its .npz)"
-            print(f"warning: {name} is empty for {empty} of {len(ours)} pictures, it needs {needs}")
+            print(f"warning: {name} needs more pixels or detail, it is empty for {empty} of {len(ours)}")
     return summary
 
 
@@ -569,7 +593,6 @@ if __name__ == "__main__":
     try:
         summary = evaluate(cli(Config))
     except KeyboardInterrupt:
-        print("error: interrupted; --from OUT/SR scores what is finished", file=sys.stderr)
-        sys.exit(130)
+        die("interrupted; the same command goes on from what is finished", 130)
     report(summary)
     sys.exit(1 if summary["failed"] else 0)
