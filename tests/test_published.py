@@ -188,11 +188,11 @@ def test_a_wrong_pairing_is_refused_in_one_line(case, weights, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_keeps_norms_tables_and_time_in_float32(weights, dtype):
+def test_half_precision_keeps_norms_tables_time_and_ends_in_float32(weights, dtype):
     name = {torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
     half, exact = load("2.0", 1, weights, name, "cpu"), load("2.0", 1, weights, "fp32", "cpu")
     kinds = {n: p.dtype for n, p in half.dit.named_parameters()}
-    full = ("t_embedder", "t_block", "norm", "scale_shift_table", "adaLN_modulation")
+    full = ("x_embedder", "t_embedder", "t_block", "norm", "scale_shift_table", "final_layer")
     assert all((kind == torch.float32) == any(word in n for word in full) for n, kind in kinds.items())
     assert {p.dtype for net in (half.vae, half.semantic_encoder) for p in net.parameters()} == {torch.float32}
     streams, z = [], torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
