@@ -22,7 +22,7 @@ def launch(work):
     except (ValueError, OSError) as error:
         die(str(error).strip().splitlines()[-1])
     except (FloatingPointError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+        if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
             raise
         die(str(error).splitlines()[0], 1)
     except KeyboardInterrupt:

@@ -35,7 +35,6 @@ from data import DEGRADATIONS, SUFFIXES, degrade, open_source, read_levels, writ
 from model import find_weights
 from sample import COLORS, HALF, find_model, load, upscale
 
-# scale, and the paper's guidance for multi-step models
 PROTOCOLS = {"folder": 4, "realsr": 4, "screensr": 1, "pairs": 4}  # scale
 
 
@@ -485,6 +484,7 @@ def score_pair(cfg, known, stem, pair, finished, vosr, natural):
     kept = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
     if kept.get("key") == key and (finished or picture.is_file()):
         return kept
+    note.unlink(missing_ok=True)                                                # its picture will change
     if vosr:
         pictures, seconds = restore(cfg, vosr, lr, name, stem)
     if pictures[0].shape != gt.shape:

@@ -161,7 +161,9 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(channels, dim, patch, stride=patch)
 
     def forward(self, x):
-        return self.proj(x).flatten(2).transpose(1, 2).contiguous()                   # (B, T, D), row-major
+        """As a product, since a GPU rounds convolutions to TF32: (B, C, h p, w p) -> (B, h w, D)."""
+        x = F.pixel_unshuffle(x, self.proj.stride[0]).flatten(2).mT                   # (B, T, C p p)
+        return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)
 
 
 class FinalLayer(nn.Module):

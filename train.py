@@ -6,7 +6,6 @@
 The same command again resumes: same numbers as if it had never stopped. OUT/ gets log.jsonl, loss.png,
 previews/ and step-*/ (model, EMA, optimizer); OUT/last names the newest complete one.
 """
-import atexit
 import json
 import math
 import os
@@ -16,6 +15,7 @@ import time
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import partial
+from multiprocessing.util import Finalize
 from pathlib import Path
 
 import torch
@@ -155,8 +155,8 @@ def deaf(leaving, worker):
 
 def batches(cfg, prepare, start, rank, world, device):
     """Yield prepare(hr, lr) of each micro-batch from number `start` on; both (B, 3, R, R) in [-1, 1]."""
-    local, leaving = cfg.train_batch_size // world, torch.zeros(1).share_memory_()
-    atexit.register(leaving.fill_, 1)
+    local, leaving = cfg.train_batch_size // world, torch.zeros(1)
+    Finalize(None, (leaving.share_memory_() if cfg.num_workers else leaving).fill_, (1,), exitpriority=0)
     crops = Crops(open_source(cfg.data), cfg.resolution, cfg.seed)
     if rank == 0:
         print(describe(crops.source), flush=True)
@@ -168,8 +168,8 @@ def batches(cfg, prepare, start, rank, world, device):
         try:
             for number, batch in zip(numbers, loader, strict=True):
                 yield prepare(*pair(batch, cfg, device, "degrade", number, rank))
-        except (ConnectionError, EOFError):
-            raise RuntimeError("DataLoader worker is gone") from None
+        except (ConnectionError, EOFError) as error:
+            raise RuntimeError(f"DataLoader worker, or what it read, is gone: {error!r}") from None
     total = cfg.max_train_steps * cfg.gradient_accumulation_steps
     if not cfg.cache:
         return (yield from load(range(start, total)))
@@ -211,10 +211,11 @@ def save(cfg, done, ddp, mean, opt):
         write_whole(out / name, write)
         write_whole(out / "last", lambda path: path.write_text(name + "\n"))
     except (OSError, RuntimeError, SafetensorError) as reason:
-        raise ValueError(f"{out / name} cannot be written, those before it are whole: {reason}") from None
+        raise (reason if str(reason).startswith("DataLoader worker") else ValueError(
+            f"{out / name} cannot be written, those before it are whole: {reason}")) from None
     for path in sorted(p for p in out.glob("step-*") if p.name < name)[:1 - cfg.keep or None]:
         if not cfg.keep_every or int(path.name[5:]) % cfg.keep_every:
-            shutil.rmtree(path.rename(out / f".half.{path.name}"))           # it is whole or gone
+            shutil.rmtree(path.rename(out / f".half.{path.name}"), ignore_errors=True)  # whole, or gone
 
 
 def resume(cfg, net, ema):
@@ -280,14 +281,14 @@ def run(cfg, net, loss_fn, prepare, preview):
         model.start_from(cfg.init, net)
     ema, net.recompute = deepcopy(net).requires_grad_(False).eval(), cfg.recompute
     start, weights = (state := resume(cfg, net, ema))["step"], sum(p.numel() for p in net.parameters())
-    if (free := shutil.disk_usage(out).free) < (need := 2 * 16 * weights):  # bytes
+    for half in [*out.glob(".half.*"), *out.glob("previews/.half.*")] if rank == 0 else ():
+        shutil.rmtree(half) if half.is_dir() else half.unlink()             # of a run that was killed
+    if rank == 0 and (free := shutil.disk_usage(out).free) < (need := 2 * 16 * weights):  # bytes
         raise ValueError(f"{out}: {free / 1e9:.1f} GB are free, two checkpoints take {need / 1e9:.1f}")
     lines = (out / "log.jsonl").read_text().split("\n")[:-1] if (out / "log.jsonl").is_file() else []
     log = [row for row in map(json.loads, lines) if row["step"] <= start]     # a half line was dropped
     if rank == 0:
         show(cfg)
-        for half in list(out.rglob(".half.*")):                             # of a run that was killed
-            shutil.rmtree(half) if half.is_dir() else half.unlink()
         print(f"{weights / 1e6:.2f} M parameters, {world} x {device}, {start} of {cfg.max_train_steps} steps")
         if state.get("world", world) != world:
             print(f"{state['world']} ranks before: weights (uncached crops, too) go on, random draws differ")
@@ -354,8 +355,7 @@ def run(cfg, net, loss_fn, prepare, preview):
         status.zero_()
         if bad := round(total[10] / world):
             raise FloatingPointError(f"not finite: step {bad}, crops from {(bad - 1) * seen}, rank "
-                                     f"{[k for k in range(world) if total[11 + k]] or 'all'}; "
-                                     "lower --learning_rate; the same command goes on before it")
+                f"{[k for k in range(world) if total[11 + k]] or 'all'}; lower --learning_rate and resume")
         seconds, steps = time.perf_counter() - tick, done - logged
         row = dict(step=done, loss=total[0] / world / steps, grad=float(norm), waiting=waited / seconds,
                    learning_rate=rate(cfg, step), images_per_s=seen * steps / seconds)

@@ -5,8 +5,8 @@
     python tools/roundtrip.py photos/ --vaes weights/stable-diffusion-2-1-base/vae,weights/sd21_lwdecoder.pth
 
 A .pth is a light decoder and takes the encoder of the folder before it. Pictures are cut to multiples of 8 px
-and land as PNG in OUT/1/, OUT/2/, ..., for evaluate.py --from. The time of a decoder is the median over the
-pictures of the fastest of --repeat runs, the ratio that of the medians; fp32.
+and land as PNG in OUT/1/, OUT/2/, ..., where evaluate.py --from finds them (of photos that need no cut). The
+time of a decoder is the median over the pictures of the fastest of --repeat runs, in float32.
 """
 import statistics
 import sys
@@ -20,7 +20,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from config import cli, die, launch, validate
 from data import open_source, write_image
-from evaluate import coherence, psnr_rgb, psnr_y, read_pixels, ssim_y
+from evaluate import by_stem, coherence, psnr_rgb, psnr_y, read_pixels, ssim_y
 from model import choose_device, load_vae
 
 SCORES = dict(psnr_y=psnr_y, ssim_y=ssim_y, psnr_rgb=psnr_rgb, coherence=coherence)
@@ -66,22 +66,31 @@ def main():
         die("one folder or list of photos is needed: python tools/roundtrip.py photos/")
     paths, source, device = cfg.vaes.split(","), open_source(cfg.inputs[0]), choose_device(cfg.device)
     if source.partners or source.count != len(source.names):
-        die(f"{cfg.inputs[0]} holds tars or pairs; a folder or a list of photos works")
+        die(f"{cfg.inputs[0]} is no folder and no list of photos")
+    torch.backends.cudnn.allow_tf32 = False                                     # float32 means float32
     vaes = [vae.to(device).eval() for vae in load_all(paths)]
-    rows = [{name: [] for name in (*SCORES, "seconds", "megapixels")} for _ in vaes]
-    for name in tqdm(source.names[:cfg.limit or None], unit="picture", disable=None):
-        gt = read_pixels(name)
-        gt = gt[:gt.shape[0] // 8 * 8, :gt.shape[1] // 8 * 8]
+    rows, failed = [{name: [] for name in (*SCORES, "seconds", "megapixels")} for _ in vaes], []
+    for stem, name in tqdm([*by_stem(source.names).items()][:cfg.limit or None], "pictures", disable=None):
+        try:
+            gt = read_pixels(name)
+            gt = gt[:gt.shape[0] // 8 * 8, :gt.shape[1] // 8 * 8]
+            if min(gt.shape) == 0:
+                raise ValueError(f"{name} has a side below 8 px")
+        except ValueError as error:
+            failed.append(str(error))
+            continue
         image = torch.from_numpy(gt).permute(2, 0, 1)[None].to(device) / 127.5 - 1
         for number, (vae, row) in enumerate(zip(vaes, rows, strict=True), start=1):
             back, seconds = timed(vae.decode, vae.encode(image), cfg.repeat)
-            path = Path(cfg.out, str(number), f"{Path(name).stem}.png")
+            path = Path(cfg.out, str(number), f"{stem}.png")
             path.parent.mkdir(parents=True, exist_ok=True)
             write_image(path, back[0] * 0.5 + 0.5)
             for score, function in SCORES.items():
                 row[score].append(function(read_pixels(path), gt))
             row["seconds"].append(seconds)
             row["megapixels"].append(gt.shape[0] * gt.shape[1] / 1e6)
+    if not rows[0]["seconds"]:
+        die(f"none of {len(failed)} pictures can be used; {failed[0]}")
     print(f"{len(rows[0]['seconds'])} pictures, {device}, {torch.get_num_threads()} threads")
     print("|", " | ".join(["autoencoder", "decoder, M", *SCORES, "ms per megapixel", "ratio"]), "|")
     print("|" + "---|" * (4 + len(SCORES)))
@@ -92,6 +101,9 @@ def main():
         cells = [f"{statistics.fmean(row[name]):.3f}" for name in SCORES]
         print("|", " | ".join([path, f"{weights / 1e6:.2f}", *cells, f"{1e3 * speed:.0f}",
                                f"{speed / speeds[0]:.2f}"]), "|")
+    if failed:
+        print(f"{len(failed)} failed:", *failed, sep="\n  ", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":
