@@ -58,7 +58,7 @@ class Config:
     degradation: str = "full"  # of the folder protocol: full (two stages, as in training), mild, or full+mild
     limit: int = 0  # only the first so many pictures; 0: all
     from_: str = ""  # score the finished pictures of this folder instead of running a model
-    against: str = ""  # per_image.csv of another run: paired comparison, picture by picture
+    against: str = ""  # per_image.csv of another run: paired comparison, picture by picture; else bicubic
     metric_weights: str = ""  # another niqe_pris_params.npz, or the folder that holds it
 
 
@@ -553,7 +553,8 @@ def evaluate(cfg):
         protocol=cfg.protocol, count=len(stems), settings=asdict(cfg) | settings,
         means={"bicubic": average(bicubic), settings["model"]: average(ours), "HR": average(originals)},
         seconds=sum(row["seconds"] for row in rows[1::2]) / len(stems) if vosr else None,
-        against=compare(dict(zip(stems, ours, strict=True)), theirs), failed=failed, missing=missing,
+        against=compare(dict(zip(stems, ours, strict=True)),
+                        theirs or dict(zip(stems, bicubic, strict=True))), failed=failed, missing=missing,
         lr_sha256=hashlib.sha256(lr_sha256.encode()).hexdigest(),
         device=str(next(vosr.parameters()).device) if vosr else None,
         versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
@@ -579,7 +580,7 @@ def report(summary):
     if summary["device"]:
         print(f"{settings['steps']} steps: {summary['seconds']:.2f} s per picture on {summary['device']}")
     if summary["against"]:
-        print(f"ours - {settings['against']}: mean, 95 % interval (* without 0), share of pictures won")
+        print(f"ours - {settings['against'] or 'bicubic'}: mean, 95 % interval (* without 0), share won")
         for name, d in summary["against"].items():
             star = " " if d["low"] <= 0 <= d["high"] else "*"
             interval = f"[{d['low']:+.4f}, {d['high']:+.4f}]"

@@ -153,6 +153,8 @@ def test_pairs_give_a_bicubic_row_and_ours_of_what_sample_would_write(pairs, cal
     assert [(r["stem"], r["model"]) for r in table] == [(s, m) for s in "abc" for m in ("bicubic", "tiny")]
     assert list(table[0])[:4] == ["stem", "set", "height", "width"] and table[0]["set"] == "set"
     assert float(table[0]["lr_psnr"]) > float(table[1]["lr_psnr"])
+    gain = sum(float(b["psnr_y"]) - float(a["psnr_y"]) for a, b in zip(table[::2], table[1::2], strict=True))
+    assert summary["against"]["psnr_y"]["mean"] == pytest.approx(gain / 3, abs=2e-6)  # against bicubic
     assert (table[1]["steps"], table[1]["cfg_scale"], table[1]["dtype"]) == ("1", "", "fp32")
     assert len(table[1]["ckpt_sha256_8"]) == 8 and table[1]["ms_ssim_y"] == ""
     assert "warning: ms_ssim_y needs more pixels or detail, it is empty for 3 of 3" in capsys.readouterr().out
