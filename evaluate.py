@@ -521,9 +521,10 @@ def evaluate(cfg):
         die(f"--against {cfg.against} has no picture in common with {cfg.data}")
     missing = [stem for stem in pairs if cfg.from_ and stem not in finished]
     stems, settings = [stem for stem in pairs if stem not in missing][:cfg.limit or None], describe(cfg, vosr)
-    code = [file.read_text() for folder in (".", "kernels")
-            for file in sorted(Path(__file__).parent.joinpath(folder).glob("*.py"))]
-    known = settings, asdict(replace(cfg, data="", out="", from_="", against="", limit=0)), code
+    code = b"".join(file.read_bytes() for folder in (".", "kernels")
+                    for file in sorted(Path(__file__).parent.joinpath(folder).glob("*.py")))
+    known = (settings, asdict(replace(cfg, data="", out="", from_="", against="", limit=0)),
+             hashlib.sha256(code).hexdigest())
 
     for share in (stems[rank::world], stems)[world == 1:]:                      # first among ranks, then all
         done, failed = [], []

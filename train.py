@@ -6,6 +6,7 @@
 The same command again resumes: same numbers as if it had never stopped. OUT/ gets log.jsonl, loss.png,
 previews/ and step-*/ (model, EMA, optimizer); OUT/last names the newest complete one.
 """
+import functools
 import json
 import math
 import os
@@ -14,7 +15,6 @@ import signal
 import time
 from copy import deepcopy
 from dataclasses import asdict, dataclass
-from functools import partial
 from multiprocessing.util import Finalize
 from pathlib import Path
 
@@ -164,7 +164,7 @@ def batches(cfg, prepare, start, rank, world, device):
         first = (n * cfg.train_batch_size + rank * local for n in numbers)
         loader = DataLoader(crops, batch_sampler=(range(i, i + local) for i in first),
                             num_workers=cfg.num_workers, pin_memory=device.type == "cuda",
-                            worker_init_fn=partial(deaf, leaving))
+                            worker_init_fn=functools.partial(deaf, leaving))
         try:
             for number, batch in zip(numbers, loader, strict=True):
                 yield prepare(*pair(batch, cfg, device, "degrade", number, rank))

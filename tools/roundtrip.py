@@ -20,10 +20,10 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from config import cli, die, launch, validate
 from data import open_source, write_image
-from evaluate import by_stem, coherence, psnr_rgb, psnr_y, read_pixels, ssim_y
+from evaluate import METRICS, by_stem, read_pixels
 from model import choose_device, load_vae
 
-SCORES = dict(psnr_y=psnr_y, ssim_y=ssim_y, psnr_rgb=psnr_rgb, coherence=coherence)
+SCORES = {name: METRICS[name][1] for name in ("psnr_y", "ssim_y", "psnr_rgb", "coherence")}
 
 
 @dataclass
@@ -85,8 +85,9 @@ def main():
             path = Path(cfg.out, str(number), f"{stem}.png")
             path.parent.mkdir(parents=True, exist_ok=True)
             write_image(path, back[0] * 0.5 + 0.5)
+            back = read_pixels(path)
             for score, function in SCORES.items():
-                row[score].append(function(read_pixels(path), gt))
+                row[score].append(function(back, gt))
             row["seconds"].append(seconds)
             row["megapixels"].append(gt.shape[0] * gt.shape[1] / 1e6)
     if not rows[0]["seconds"]:
